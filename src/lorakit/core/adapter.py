@@ -1,0 +1,142 @@
+"""What an adapter is: a trainable map `W -> merge(W)` and a cheap way to run the layer whose weight is `merge(W)`.
+
+Every class is either abstract or final, and an implemented method is never overridden: a reader who sees
+`adapter.merge(W)` has one place to look.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Protocol, Self, final, runtime_checkable
+
+from torch import Tensor, nn
+
+
+class Shape(NamedTuple):
+    """The shape (out, in) of a layer's matrix. `one_hot`: the layer's input selects columns of it (an embedding)."""
+
+    out_features: int
+    in_features: int
+    one_hot: bool = False
+
+
+class Base(Protocol):
+    """The frozen layer as an adapter sees it. Its matrix W is (out, in) whatever the layer's kind (`kinds.py`).
+
+    `frozen(x) = plus_bias(linear(x))` and `linear(x) = project(x, matrix())`.
+    """
+
+    def frozen(self, x: Tensor) -> Tensor:
+        """Run the layer as it was before anything was attached."""
+        ...
+
+    def linear(self, x: Tensor) -> Tensor:
+        """Run the layer without its bias."""
+        ...
+
+    def plus_bias(self, y: Tensor) -> Tensor:
+        """Add the layer's bias, if it has one."""
+        ...
+
+    def matrix(self) -> Tensor:
+        """Give W (out, in), dequantized if it is stored in fewer bits."""
+        ...
+
+    def project(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """Run the layer's own linear map with another matrix (k, in): k output channels, no bias."""
+        ...
+
+    def mix(self, h: Tensor, matrix: Tensor) -> Tensor:
+        """Mix the k channels of an output of this layer's form into `out` channels by a matrix (out, k)."""
+        ...
+
+    def channels(self, v: Tensor) -> Tensor:
+        """Shape a vector (out,) so that it broadcasts over the channels of this layer's output."""
+        ...
+
+
+class AbstractAdapter(nn.Module, ABC):
+    """A change of one weight matrix. The one law, tested for every method, layer kind and storage format:
+
+        adapter(x, base) == base.plus_bias(base.project(x, adapter.merge(base.matrix())))
+    """
+
+    ROLES: ClassVar[Mapping[str, str]]
+    """Role of each own parameter for the optimizer: "A", "B", "magnitude", "bias", "base" (a weight trained in full), "frozen"."""
+
+    config: "Method"
+    """The hyper-parameters this adapter was built with, its own rank and alpha after the patterns."""
+
+    @abstractmethod
+    def start(self, base: Base) -> None:
+        """Fill the parameters with their start values."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        """Run the layer whose matrix is `merge(base.matrix())`."""
+
+    @abstractmethod
+    def merge(self, weight: Tensor) -> Tensor:
+        """Give the adapted matrix (out, in) for the base matrix (out, in), in the dtype of `weight`."""
+
+    def roles(self) -> dict[str, str]:
+        """Give each of this adapter's parameter names its role; a name without a role is a mistake in the method."""
+        return {name: self.ROLES[name.rpartition(".")[2]] for name, _ in self.named_parameters()}
+
+
+class AdditiveAdapter(AbstractAdapter):
+    """`merge(W) = W + delta_weight()`: LoRA, VeRA, AdaLoRA, LoHa and most others."""
+
+    @abstractmethod
+    def delta_weight(self) -> Tensor:
+        """Give the change of the matrix, (out, in)."""
+
+    @abstractmethod
+    def delta(self, x: Tensor, base: Base) -> Tensor:
+        """Give the change of the layer's output: `base.project(x, delta_weight())`, computed cheaply."""
+
+    @final
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        """Add the low-rank branch to the frozen layer's output."""
+        y = base.frozen(x)
+        return y + self.delta(x, base).to(y.dtype)
+
+    @final
+    def merge(self, weight: Tensor) -> Tensor:
+        """Add `delta_weight()` in the dtype of `weight`."""
+        return weight + self.delta_weight().to(weight.dtype)
+
+
+@dataclass(frozen=True)
+class PeftFormat:
+    """How PEFT spells a method. `interop` does the rest: key prefixes, the other layer kinds, strictness.
+
+    tensors: own parameter name -> name in the file, after the layer's path (as on a Linear layer).
+    fields: own hyper-parameter -> field of `adapter_config.json`.
+    constants: fields with a fixed value, by which methods that share a `peft_type` are told apart.
+    """
+
+    peft_type: str
+    tensors: Mapping[str, str]
+    fields: Mapping[str, str]
+    constants: Mapping[str, object]
+
+
+@runtime_checkable
+class Method(Protocol):
+    """The hyper-parameters of one method: a frozen dataclass in a file of `methods/`, saved as JSON beside the tensors."""
+
+    def build(self, shape: Shape) -> AbstractAdapter:
+        """Make the adapter of one layer, parameters not yet filled (`start` or loading does that)."""
+        ...
+
+
+class Ranked(Protocol):
+    """A method with a rank and a scale, so that `rank_pattern` and `alpha_pattern` can apply to it."""
+
+    r: int
+    alpha: float | None
+
+    def at(self, r: int, alpha: float | None) -> Self:
+        """Give the same method with another rank and scale."""
+        ...

@@ -1,0 +1,263 @@
+"""Put adapters on the layers of any model, switch between them, take them off.
+
+`attach` changes the class of a layer in place, the way `torch.nn.utils.parametrize` and FSDP2's `fully_shard` do. The base
+keeps its identity and its state-dict keys: `q_proj.weight` stays `q_proj.weight`, so checkpoints, weight tying, tensor-parallel
+plans and `isinstance(m, nn.Linear)` need no special case. Adapters live beside it, at `q_proj.adapters.<name>`. The price: a
+model with adapters cannot be pickled whole (its state dict can).
+"""
+
+import copy
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast, final
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import AbstractAdapter, Base, Method, Ranked
+from .errors import UsageError
+from .fused import Declared, Parts
+from .kinds import Kind, kind, require_kind
+from .target import ALL_LINEAR, Site, Target, by_pattern, saved_modules, sites
+
+
+class Adapted(nn.Module):
+    """Mixin in front of a layer's kind and its own class: it holds named adapters, at most one active, and is their `Base`."""
+
+    adapters: nn.ModuleDict
+    active: str | None
+    merged: tuple[str, dict[str, nn.Parameter] | None] | None
+    """(adapter, the weights from before or None if they were not kept), while an adapter is folded into this layer."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the active adapter, or the layer as it was."""
+        if self.active is None:
+            return self.frozen(*args, **kwargs)
+        return self.adapters[self.active](*args, self, **kwargs)
+
+    def frozen(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer as it was."""
+        return super().forward(*args, **kwargs)
+
+    def linear(self, x: Tensor) -> Tensor:
+        """Run the layer without its bias."""
+        return cast(Kind, self).without_bias(self.frozen(x))
+
+
+@final
+class Replacement(nn.Module):
+    """A copy of a module, trained in full (`modules_to_save`)."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.copy = copy.deepcopy(module)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the copy; the module it replaces comes last and is not needed."""
+        return self.copy(*args[:-1], **kwargs)
+
+    def roles(self) -> dict[str, str]:
+        """Every parameter is a weight trained in full."""
+        return {name: "base" for name, _ in self.named_parameters()}
+
+
+Attached = AbstractAdapter | Replacement
+
+
+@functools.cache
+def _adapted_class(cls: type[nn.Module], mixin: type[nn.Module] | None) -> type[nn.Module]:
+    bases = (Adapted, cls) if mixin is None else (Adapted, mixin, cls)
+    return type(f"Adapted{cls.__name__}", bases, {"__wrapped_class__": cls})
+
+
+def wrapped_class(layer: nn.Module) -> type[nn.Module]:
+    """Give the layer's own class."""
+    return vars(type(layer))["__wrapped_class__"] if isinstance(layer, Adapted) else type(layer)
+
+
+def _adapt(layer: nn.Module) -> Adapted:
+    if not isinstance(layer, Adapted):
+        mixin = kind(layer)
+        layer.adapters = nn.ModuleDict()
+        layer.active = None
+        layer.merged = None
+        layer.__class__ = _adapted_class(type(layer), mixin)
+    return cast(Adapted, layer)
+
+
+def attach(
+    model: nn.Module,
+    method: Method,
+    *,
+    target_modules: str | Sequence[str] = ALL_LINEAR,
+    exclude_modules: str | Sequence[str] | None = None,
+    layers: Sequence[int] | None = None,
+    last_n_layers: int | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    modules_to_save: Sequence[str] | None = None,
+    fused: Mapping[str, Declared] | None = None,
+    name: str = "default",
+) -> nn.Module:
+    """Give the targeted layers of `model` an adapter `name`, activate it, and leave exactly it trainable.
+
+    The other arguments are those of `Target`. Raises UsageError for a name in use, for targets that match nothing and for
+    patterns that the method cannot follow; the model is then unchanged.
+    """
+    target = Target(
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+        layers=layers,
+        last_n_layers=last_n_layers,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+        modules_to_save=modules_to_save,
+        fused=fused,
+    )
+    place(model, method, target, name)
+    for _, layer, adapter in adapters(model, name):
+        if isinstance(adapter, AbstractAdapter):
+            adapter.start(cast(Base, layer))
+    use(model, name)
+    return trainable(model, name)
+
+
+class Place(NamedTuple):
+    """A layer that is to carry an adapter, with the sites on it (one, or the targeted parts of a fused layer)."""
+
+    path: str
+    layer: nn.Module
+    sites: list[Site]
+    methods: list[Method]
+
+    def build(self) -> AbstractAdapter:
+        """Build the adapter, parameters not filled, on the default device."""
+        shape = require_kind(self.path, self.layer).shape(cast(Kind, self.layer))
+        if self.sites[0].rows is None:
+            return self.methods[0].build(shape)
+        rows = {str(s.part): s.rows for s in self.sites if s.rows is not None}
+        made = {
+            name: method.build(shape._replace(out_features=len(rows[name])))
+            for name, method in zip(rows, self.methods, strict=True)
+        }
+        return Parts(made, rows, shape.out_features)
+
+
+def places(model: nn.Module, method: Method, target: Target) -> list[Place]:
+    """Give the layers that `target` names with the method each is to get, rank and alpha by the patterns."""
+    chosen = sites(model, target)
+    names = [s.name for s in chosen]
+    ranks = by_pattern(target.rank_pattern, names, "rank_pattern", model)
+    alphas = by_pattern(target.alpha_pattern, names, "alpha_pattern", model)
+    if (ranks or alphas) and not {"r", "alpha"} <= vars(method).keys():
+        raise UsageError(f"{type(method).__name__} has no rank and alpha, so rank_pattern and alpha_pattern do not apply")
+    found: dict[str, Place] = {}
+    for site in chosen:
+        own = method
+        if site.name in ranks or site.name in alphas:
+            ranked = cast(Ranked, method)
+            own = cast(Method, ranked.at(ranks.get(site.name, ranked.r), alphas.get(site.name, ranked.alpha)))
+        place = found.setdefault(site.path, Place(site.path, site.layer, [], []))
+        place.sites.append(site)
+        place.methods.append(own)
+    return list(found.values())
+
+
+def place(model: nn.Module, method: Method, target: Target, name: str) -> None:
+    """Build adapter `name` on the targeted layers, not started, not active. Nothing changes if anything is wrong."""
+    _check_name(model, name)
+    built: list[tuple[nn.Module, nn.Module]] = []
+    for spot in places(model, method, target):
+        weight = cast(Kind, spot.layer).weight
+        # fp32 parameters also on a bf16 or quantized base: AdamW's small steps would be lost in bf16. fp64 stays fp64.
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        built.append((spot.layer, spot.build().to(weight.device, dtype)))
+    built += [(module, Replacement(module)) for _, module in saved_modules(model, target)]
+    for layer, adapter in built:
+        _adapt(layer).adapters[name] = adapter
+
+
+def _check_name(model: nn.Module, name: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}", name) or name in dir(nn.ModuleDict):
+        raise UsageError(f"{name!r} is no name for an adapter", fix="letters, digits, _ and -, and not a method of ModuleDict")
+    if name in names(model):
+        raise UsageError(f"there is an adapter {name!r} already", fix=f"detach(model, {name!r}) first, or take another name")
+
+
+def adapters(model: nn.Module, name: str = "default") -> Iterator[tuple[str, Adapted, Attached]]:
+    """Yield (path, layer, adapter) for every layer that carries adapter `name`."""
+    for path, layer in model.named_modules():
+        if isinstance(layer, Adapted) and name in layer.adapters:
+            yield path, layer, cast(Attached, layer.adapters[name])
+
+
+def names(model: nn.Module) -> list[str]:
+    """Give the names of the resident adapters."""
+    return list(dict.fromkeys(n for m in model.modules() if isinstance(m, Adapted) for n in m.adapters))
+
+
+def active(model: nn.Module) -> str | None:
+    """Give the name of the active adapter, or None."""
+    return next((m.active for m in model.modules() if isinstance(m, Adapted) and m.active is not None), None)
+
+
+def require(model: nn.Module, name: str) -> None:
+    """Raise UsageError unless adapter `name` is resident."""
+    have = names(model)
+    if name not in have:
+        raise UsageError(f"no adapter {name!r} on this model", fix=f"resident: {', '.join(have) or 'none'}")
+
+
+def use(model: nn.Module, name: str | None) -> nn.Module:
+    """Make adapter `name` the active one, or none. What is trainable does not change (`trainable` does that)."""
+    if name is not None:
+        require(model, name)
+    for layer in model.modules():
+        if isinstance(layer, Adapted):
+            layer.active = name if name is not None and name in layer.adapters else None
+    return model
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Run the base model as it was, inside `with disabled(model):`."""
+    before = [(m, m.active) for m in model.modules() if isinstance(m, Adapted)]
+    for layer, _ in before:
+        layer.active = None
+    try:
+        yield model
+    finally:
+        for layer, was in before:
+            layer.active = was
+
+
+def trainable(model: nn.Module, name: str | None) -> nn.Module:
+    """Freeze everything except adapter `name` (everything if None)."""
+    model.requires_grad_(False)
+    if name is not None:
+        require(model, name)
+        for _, _, adapter in adapters(model, name):
+            roles = adapter.roles()
+            for key, p in adapter.named_parameters():
+                p.requires_grad_(roles[key] != "frozen")
+    return model
+
+
+def detach(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Remove adapter `name` (every adapter if None); layers left without one get their own class back."""
+    if name is not None:
+        require(model, name)
+    for layer in list(model.modules()):
+        if not isinstance(layer, Adapted):
+            continue
+        for gone in [name] if name is not None else list(layer.adapters):
+            if gone in layer.adapters:
+                del layer.adapters[gone]
+            if layer.active == gone:
+                layer.active = None
+        if not layer.adapters:
+            del layer.adapters, layer.active, layer.merged
+            layer.__class__ = wrapped_class(layer)
+    return model

@@ -1,0 +1,178 @@
+"""Fused projections: one weight that holds several (q, k and v; gate and up). Any subset can be adapted, each with its own factors.
+
+A fused layer at `h.0.attn.c_attn` is targeted as if its parts were layers: `c_attn.q`, `c_attn.v` (loralib's `enable_lora`).
+Which rows of the matrix are which part is known for the common names, and can be given as sizes: `fused={"my_qkv": {"q": 64, ...}}`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol, final, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import AbstractAdapter, Base
+from .errors import UsageError
+from .pattern import is_suffix
+
+Declared = Mapping[str, int | Sequence[Sequence[int]]]
+"""Parts of a fused layer as a user gives them: sizes, or ranges of rows."""
+
+
+class Config(Protocol):
+    """A transformers configuration."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give every field, `model_type` among them."""
+        ...
+
+
+@runtime_checkable
+class Configured(Protocol):
+    """A transformers model: what it is and the number of its heads are in `config`."""
+
+    config: Config
+
+
+def _equal(*names: str) -> Callable[[int, Mapping], dict[str, Tensor]]:
+    def split(out: int, config: Mapping) -> dict[str, Tensor]:
+        return dict(zip(names, torch.arange(out).chunk(len(names)), strict=True))
+
+    return split
+
+
+def _heads(out: int, config: Mapping) -> dict[str, Tensor]:
+    heads, kv = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
+    size = out // (heads + 2 * kv)
+    return contiguous({"q": heads * size, "k": kv * size, "v": kv * size}, out)
+
+
+def _interleaved(out: int, config: Mapping) -> dict[str, Tensor]:
+    heads = config.get("num_attention_heads") or config["n_head"]
+    rows = torch.arange(out).reshape(heads, 3, -1)
+    return {name: rows[:, i].flatten() for i, name in enumerate("qkv")}
+
+
+LAYOUTS: Mapping[tuple[str, str | None], Callable[[int, Mapping], dict[str, Tensor]]] = {
+    ("c_attn", "gpt2"): _equal("q", "k", "v"),
+    ("qkv_proj", None): _heads,  # Phi-3
+    ("gate_up_proj", None): _equal("gate", "up"),
+    ("Wqkv", "modernbert"): _equal("q", "k", "v"),
+    ("query_key_value", "gpt_neox"): _interleaved,
+    ("query_key_value", "bloom"): _interleaved,
+}
+
+
+def contiguous(sizes: Mapping[str, int], out: int) -> dict[str, Tensor]:
+    """Give the rows of parts that stand one after the other. Raises UsageError if the sizes do not add up to `out`."""
+    if sum(sizes.values()) != out:
+        raise UsageError(f"fused sizes {dict(sizes)} add up to {sum(sizes.values())}, the layer has {out} outputs")
+    return dict(zip(sizes, torch.arange(out).split(list(sizes.values())), strict=True))
+
+
+def ranges(rows: Tensor) -> list[list[int]]:
+    """Give ascending rows as [start, stop) pairs."""
+    breaks = torch.nonzero(rows.diff() != 1).flatten().tolist()
+    starts, stops = [0, *[b + 1 for b in breaks]], [*[b + 1 for b in breaks], len(rows)]
+    return [[int(rows[a]), int(rows[b - 1]) + 1] for a, b in zip(starts, stops, strict=True)]
+
+
+def declared_rows(given: Declared, out: int) -> dict[str, Tensor]:
+    """Give the rows of declared parts: sizes of parts one after the other, or [start, stop) ranges of rows."""
+    sizes = {name: size for name, size in given.items() if isinstance(size, int)}
+    if len(sizes) == len(given):
+        return contiguous(sizes, out)
+    rows = {n: torch.cat([torch.arange(a, b) for a, b in spans]) for n, spans in given.items() if not isinstance(spans, int)}
+    if len(rows) < len(given) or any(not 0 <= int(r.min()) <= int(r.max()) < out for r in rows.values()):
+        raise UsageError(f"fused parts {dict(given)} are no rows of a layer with {out} outputs")
+    return rows
+
+
+def parts(model: nn.Module, path: str, out: int, declared: Mapping[str, Declared] | None) -> dict[str, Tensor]:
+    """Give part name -> rows (long tensor) of the fused layer at `path`; {} where it is not known to be fused."""
+    leaf = path.rpartition(".")[2]
+    for name, given in (declared or {}).items():
+        if is_suffix(name, path):
+            return declared_rows(given, out)
+    if leaf not in {name for name, _ in LAYOUTS}:
+        return {}
+    config = model.config.to_dict() if isinstance(model, Configured) else {}
+    layout = LAYOUTS.get((leaf, config.get("model_type"))) or LAYOUTS.get((leaf, None))
+    if layout is None or "crossattention" in path:  # GPT-2's cross attention holds only k and v there
+        return {}
+    try:
+        return layout(out, config)
+    except (KeyError, RuntimeError, UsageError):  # a model that uses the name for something else
+        return {}
+
+
+@final
+class Parts(AbstractAdapter):
+    """One adapter per part of a fused layer; the rows of the other parts stay as they are."""
+
+    ROLES: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, adapters: dict[str, AbstractAdapter], rows: dict[str, Tensor], out_features: int) -> None:
+        super().__init__()
+        self.parts, self.out_features = nn.ModuleDict(adapters), out_features
+        self.config = next(iter(adapters.values())).config
+        for name in adapters:
+            self.register_buffer(f"rows_{name}", rows[name], persistent=False)
+
+    def rows(self, name: str) -> Tensor:
+        """Give the rows (out_part,) of the fused matrix that part `name` is."""
+        return self.get_buffer(f"rows_{name}")
+
+    def start(self, base: Base) -> None:
+        """Start each part."""
+        for name, part in self.parts.items():
+            part.start(_Rows(base, self.rows(name)))
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        """Run the layer once and replace the outputs of the adapted parts."""
+        frozen = base.frozen(x)
+        y = frozen
+        for name, part in self.parts.items():
+            rows = self.rows(name)
+            y = y.index_copy(-1, rows, part(x, _Rows(base, rows, frozen)).to(y.dtype))
+        return y
+
+    def merge(self, weight: Tensor) -> Tensor:
+        """Merge each part's rows."""
+        merged = weight.clone()
+        for name, part in self.parts.items():
+            merged[self.rows(name)] = part.merge(weight[self.rows(name)])
+        return merged
+
+    def roles(self) -> dict[str, str]:
+        """Give the parts' roles."""
+        return {f"parts.{name}.{key}": role for name, part in self.parts.items() for key, role in part.roles().items()}
+
+
+class _Rows:
+    """Some rows of a fused layer, seen as a layer of their own (`Base`); `frozen_out` is the whole layer's output, if known."""
+
+    def __init__(self, base: Base, rows: Tensor, frozen_out: Tensor | None = None) -> None:
+        self.base, self._rows, self._out = base, rows, frozen_out
+
+    def frozen(self, x: Tensor) -> Tensor:
+        out = self.base.frozen(x) if self._out is None else self._out
+        return out.index_select(-1, self._rows)
+
+    def linear(self, x: Tensor) -> Tensor:
+        return self.base.linear(x).index_select(-1, self._rows)
+
+    def plus_bias(self, y: Tensor) -> Tensor:
+        full = y.new_zeros(*y.shape[:-1], self.base.matrix().shape[0]).index_copy(-1, self._rows, y)
+        return self.base.plus_bias(full).index_select(-1, self._rows)
+
+    def matrix(self) -> Tensor:
+        return self.base.matrix()[self._rows]
+
+    def project(self, x: Tensor, matrix: Tensor) -> Tensor:
+        return self.base.project(x, matrix)
+
+    def mix(self, h: Tensor, matrix: Tensor) -> Tensor:
+        return self.base.mix(h, matrix)
+
+    def channels(self, v: Tensor) -> Tensor:
+        return v

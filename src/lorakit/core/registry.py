@@ -1,0 +1,41 @@
+"""Names by file: `methods/dora.py` is the method `dora`. A new file is known the moment it exists; there is no list to keep."""
+
+import difflib
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .errors import UsageError
+
+
+class Registry(Mapping[str, Any]):
+    """The files of a sub-package by name, each giving one attribute; a file is imported when it is first asked for."""
+
+    def __init__(self, package: str, attribute: str, what: str) -> None:
+        self.package, self.attribute, self.what = package, attribute, what
+
+    def __iter__(self) -> Iterator[str]:
+        spec = importlib.util.find_spec(self.package)
+        locations = list(spec.submodule_search_locations or []) if spec else []
+        return (m.name for m in pkgutil.iter_modules(locations) if not m.name.startswith("_"))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __getitem__(self, name: str) -> Any:
+        names = sorted(self)
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UsageError(f"unknown {self.what} {name!r}", fix=f"{hint}there are: {', '.join(names)}")
+        return getattr(importlib.import_module(f"{self.package}.{name}"), self.attribute)
+
+    def name_of(self, value: object) -> str:
+        """Give the file name under which `value` is registered."""
+        return next(name for name in self if self[name] is value)
+
+
+METHODS = Registry("lorakit.methods", "METHOD", "method")
+INITS = Registry("lorakit.init", "start", "init")

@@ -1,0 +1,11 @@
+"""A normal with standard deviation 1/r, B zero: the paper's start. Hu et al. 2021, section 4.1, https://arxiv.org/abs/2106.09685"""
+
+from torch import Tensor
+
+from ..core.adapter import Base
+
+
+def start(A: Tensor, B: Tensor, base: Base) -> None:
+    """Fill A with standard deviation 1/r, B with zero."""
+    A.normal_(std=1 / A.shape[0])
+    B.zero_()

@@ -1,0 +1,15 @@
+"""Init[B]: A zero, B random with variance 1/r. Hayou, Ghosh and Yu 2024, https://arxiv.org/abs/2406.08447
+
+The mirror image of the usual start. It is stable but needs a several times smaller learning rate, and under-trains B; the
+paper recommends the usual one. Here so that the comparison can be made.
+"""
+
+from torch import Tensor
+
+from ..core.adapter import Base
+
+
+def start(A: Tensor, B: Tensor, base: Base) -> None:
+    """Fill A with zero, B with variance 1/r."""
+    A.zero_()
+    B.normal_(std=B.shape[1] ** -0.5)

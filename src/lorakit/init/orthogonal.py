@@ -1,0 +1,14 @@
+"""A with orthonormal rows, B zero: every direction of the r-dimensional input space starts with the same gain.
+
+Saxe et al. 2013, https://arxiv.org/abs/1312.6120
+"""
+
+from torch import Tensor, nn
+
+from ..core.adapter import Base
+
+
+def start(A: Tensor, B: Tensor, base: Base) -> None:
+    """Fill A so that A A^T = I (columns orthonormal instead if r > in), B with zero."""
+    nn.init.orthogonal_(A)
+    B.zero_()

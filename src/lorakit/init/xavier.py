@@ -1,0 +1,11 @@
+"""A uniform with variance 2/(in + r), B zero. Glorot and Bengio 2010, https://proceedings.mlr.press/v9/glorot10a.html"""
+
+from torch import Tensor, nn
+
+from ..core.adapter import Base
+
+
+def start(A: Tensor, B: Tensor, base: Base) -> None:
+    """Fill A with variance 2/(in + r), B with zero."""
+    nn.init.xavier_uniform_(A)
+    B.zero_()

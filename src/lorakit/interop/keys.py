@@ -1,0 +1,118 @@
+"""Names and shapes of an adapter's tensors in the file, for every layer kind.
+
+    Linear, Conv1D   <path>.lora_A.weight (r, in)             <path>.lora_B.weight (out, r)
+    Embedding        <path>.lora_embedding_A (r, vocab)       <path>.lora_embedding_B (dim, r)
+    Conv1d/2d/3d     <path>.lora_A.weight (r, in, *kernel)    <path>.lora_B.weight (out, r, 1, ...)
+    fused parts      the layer's own A and B: A stacked, B block by block (zero elsewhere)
+    trained in full  <path>.<parameter>
+
+All behind PEFT's prefix. A method that PEFT does not know keeps its own parameter names.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import singledispatch
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from ..core.adapter import AbstractAdapter
+from ..core.attach import Adapted, Replacement
+from ..core.fused import Parts
+from .peft_config import peft_format
+
+PREFIX = "base_model.model."
+
+
+@singledispatch
+def _spell(layer: nn.Module, name: str, tensor: Tensor) -> tuple[str, Tensor]:
+    return name, tensor
+
+
+@_spell.register
+def _(layer: nn.Embedding, name: str, tensor: Tensor) -> tuple[str, Tensor]:
+    return name.replace("lora_", "lora_embedding_").removesuffix(".weight"), tensor
+
+
+@_spell.register
+def _(layer: _ConvNd, name: str, tensor: Tensor) -> tuple[str, Tensor]:
+    if name.startswith("lora_A"):
+        return name, tensor.reshape(-1, *cast(Tensor, layer.weight).shape[1:])
+    if name.startswith("lora_B"):
+        return name, tensor.reshape(*tensor.shape, *[1] * (cast(Tensor, layer.weight).dim() - 2))
+    return name, tensor
+
+
+def file_tensors(path: str, layer: nn.Module, adapter: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Give (key, tensor) of everything one layer's adapter saves, as it stands in the file."""
+    if isinstance(adapter, Replacement):
+        for name, tensor in adapter.copy.state_dict().items():
+            yield f"{PREFIX}{path}.{name}", tensor
+        return
+    form = peft_format(cast(AbstractAdapter, adapter).config)
+    own = joined(adapter) if isinstance(adapter, Parts) and form and _plain(adapter) else adapter.state_dict()
+    for name, tensor in own.items():
+        if form and name in form.tensors:
+            spelled, tensor = _spell(layer, form.tensors[name], tensor)
+        else:
+            spelled = name
+        yield f"{PREFIX}{path}.{spelled}", tensor
+
+
+def fill(path: str, layer: Adapted, adapter: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy an adapter's tensors from the file's. Every key of `file_tensors` must be there, in its shape."""
+    if isinstance(adapter, Replacement):
+        adapter.copy.load_state_dict({n: tensors[f"{PREFIX}{path}.{n}"] for n in adapter.copy.state_dict()})
+        return
+    form = peft_format(cast(AbstractAdapter, adapter).config)
+    if isinstance(adapter, Parts) and form and _plain(adapter):
+        A, B = (tensors[f"{PREFIX}{path}.{form.tensors[name]}"] for name in ("lora_A", "lora_B"))
+        _split(adapter, A, B)
+        return
+    for name, own in adapter.state_dict(keep_vars=True).items():
+        spelled = _spell(layer, form.tensors[name], own)[0] if form and name in form.tensors else name
+        with torch.no_grad():
+            own.copy_(tensors[f"{PREFIX}{path}.{spelled}"].reshape(own.shape))
+
+
+def _plain(adapter: Parts) -> bool:
+    """Whether the parts are W + s·B·A with nothing else, so that one A and one B can hold them all."""
+    return all(set(part.state_dict()) == {"lora_A", "lora_B"} for part in adapter.parts.values())
+
+
+def joined(adapter: Parts) -> dict[str, Tensor]:
+    """Give the one pair (A, B) of a fused layer that PEFT would have: A stacked, B block by block, at the first part's scale."""
+    parts = {name: cast(Any, part) for name, part in adapter.parts.items()}
+    A = torch.cat([part.lora_A.detach() for part in parts.values()])
+    first = next(iter(parts.values()))
+    B = A.new_zeros(adapter.out_features, len(A))
+    column = 0
+    for name, part in parts.items():
+        r = part.lora_A.shape[0]
+        B[adapter.rows(name), column : column + r] = part.lora_B.detach() * (part.scale / first.scale)
+        column += r
+    return {"lora_A": A, "lora_B": B}
+
+
+def _split(adapter: Parts, A: Tensor, B: Tensor) -> None:
+    parts = {name: cast(Any, part) for name, part in adapter.parts.items()}
+    first = next(iter(parts.values()))
+    column = 0
+    with torch.no_grad():
+        for name, part in parts.items():
+            r = part.lora_A.shape[0]
+            part.lora_A.copy_(A[column : column + r])
+            part.lora_B.copy_(B[adapter.rows(name), column : column + r] / (part.scale / first.scale))
+            column += r
+
+
+def config_in_file(adapter: AbstractAdapter) -> Any:
+    """Give the configuration that the file's tensors of one layer have: the adapter's own, or that of the joined parts."""
+    if isinstance(adapter, Parts) and peft_format(adapter.config) and _plain(adapter):
+        parts = [cast(Any, part) for part in adapter.parts.values()]
+        r = sum(part.lora_A.shape[0] for part in parts)
+        first = parts[0].config
+        exponent = 0.5 if first.rank_stabilized else 1.0
+        return first.at(r, first.alpha * (r / first.r) ** exponent)
+    return adapter.config

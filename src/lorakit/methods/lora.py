@@ -1,0 +1,90 @@
+"""LoRA: Low-Rank Adaptation of Large Language Models. Hu et al. 2021, https://arxiv.org/abs/2106.09685
+rsLoRA, the scale alpha/sqrt(r). Kalajdzievski 2023, https://arxiv.org/abs/2312.03732
+
+    W' = W + s·B·A        A: (r, in)   B: (out, r)   s = alpha/r, or alpha/sqrt(r) if rank_stabilized
+
+Departure from the paper: A starts Kaiming-uniform as in the authors' code, not Gaussian; `init="gaussian"` is the paper's.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor, nn
+
+from ..core.adapter import AdditiveAdapter, Base, PeftFormat, Shape
+from ..core.errors import UsageError
+from ._factors import factors, start
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """r: rank. alpha: scale, 2r if not given. dropout: on the input of A. init: a file name of `init/`."""
+
+    r: int = 16
+    alpha: float | None = None
+    dropout: float = 0.0
+    rank_stabilized: bool = False
+    init: str = "kaiming"
+
+    PEFT: ClassVar = PeftFormat(
+        "LORA",
+        tensors={"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"},
+        fields={"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rank_stabilized": "use_rslora"},
+        constants={"use_dora": False},
+    )
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise UsageError(f"r must be at least 1, not {self.r}")
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"dropout must be in [0, 1), not {self.dropout}")
+        if self.alpha is not None and not math.isfinite(self.alpha):
+            raise UsageError(f"alpha must be a number, not {self.alpha}")
+
+    def at(self, r: int, alpha: float | None) -> "LoRA":
+        """Give the same with another rank and alpha."""
+        return replace(self, r=r, alpha=alpha)
+
+    def build(self, shape: Shape) -> "LoRAAdapter":
+        """Make the adapter of one layer; its own config has alpha as a number."""
+        return LoRAAdapter(replace(self, alpha=float(2 * self.r if self.alpha is None else self.alpha)), shape)
+
+
+@final
+class LoRAAdapter(AdditiveAdapter):
+    """The factors A and B of one layer."""
+
+    ROLES: ClassVar[Mapping[str, str]] = {"lora_A": "A", "lora_B": "B"}
+    scale: Tensor
+
+    def __init__(self, config: LoRA, shape: Shape) -> None:
+        super().__init__()
+        if config.alpha is None:
+            raise TypeError("alpha must be a number here; LoRA.build makes it one")
+        self.config, self.one_hot = config, shape.one_hot
+        self.lora_A, self.lora_B = factors(shape, config.r)
+        self.dropout = nn.Dropout(config.dropout)
+        scale = config.alpha / (math.sqrt(config.r) if config.rank_stabilized else config.r)
+        # A tensor, not a float: torch.compile guards on floats and would compile again when alpha changes.
+        self.register_buffer("scale", torch.tensor(scale), persistent=False)
+
+    def start(self, base: Base) -> None:
+        """Start at ΔW = 0."""
+        start(self.lora_A, self.lora_B, self.config.init, base, one_hot=self.one_hot)
+
+    def delta_weight(self) -> Tensor:
+        """Give s·B·A."""
+        return self.scale * (self.lora_B @ self.lora_A)
+
+    def delta(self, x: Tensor, base: Base) -> Tensor:
+        """Give s·B(A(dropout(x))), in the dtype the layer computes in."""
+        A, B = self.lora_A, self.lora_B
+        if x.is_floating_point():  # token ids are not dropped
+            A, B, x = A.to(x.dtype), B.to(x.dtype), self.dropout(x)
+        return base.mix(base.project(x, A), B) * self.scale.to(B.dtype)
+
+
+METHOD = LoRA

@@ -1,0 +1,255 @@
+"""Load a model and its tokenizer from a directory: offline, safetensors only, no code from the directory, every weight checked."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from ..core.errors import FileError, UsageError
+from .directory import read_json
+from .resolve import resolve
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+Task = Literal["causal", "classification"]
+
+# Keys of config.json that name code to run: a class in the directory, or an attention or expert kernel to fetch.
+_CODE_KEYS = re.compile(r"auto_map|custom_pipelines|.*(attn|experts)_implementation.*|.*kernel_config.*|trust_remote_code")
+_PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>", "</s>")
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A loaded base. `head_modules` are the paths of freshly initialised modules, which must be trained and saved in full."""
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    head_modules: list[str]
+    name: str
+    path: Path
+
+
+def load(
+    name: str | Path,
+    *,
+    task: Task = "causal",
+    dtype: str | torch.dtype = "auto",
+    labels: list[str] | None = None,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+) -> Loaded:
+    """Load `name` (see `resolve`) for a task, in eval mode, with finite weights and a tokenizer that fits.
+
+    `labels` are the class names in the order of the logits; a new head is initialised from `seed` alone. `dtype` "auto" is bfloat16
+    where the device computes it natively, else float32, and float32 for encoders that classify. Encoder-decoder models
+    load as such under "causal". Raises FileError for anything wrong with the files, UsageError for arguments that do not fit.
+    """
+    path = resolve(name)
+    place = pick_device(device)
+    with quiet_transformers():
+        config = _config(path)
+        if task == "classification":
+            _set_labels(config, labels, path)
+        model, head = _model(path, config, task, pick_dtype(dtype, place, task, config), seed)
+        tokenizer = _tokenizer(path, config)
+    check_finite(model)
+    _check_vocabulary(model, tokenizer, path)
+    _set_padding(model, tokenizer)
+    return Loaded(model.to(place).eval(), tokenizer, head, str(name), path)
+
+
+def pick_device(device: str | torch.device = "auto") -> torch.device:
+    """The device meant by "auto": CUDA, else Apple's GPU, else the processor."""
+    if device != "auto":
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def pick_dtype(dtype: str | torch.dtype, device: torch.device, task: Task, config: "PretrainedConfig") -> torch.dtype:
+    """The dtype meant by "auto" (see `load`) or by a name. UsageError for an unknown name."""
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype in named:
+        return named[dtype]
+    if dtype != "auto":
+        raise UsageError(f"no dtype called {dtype!r}", fix=f"choose one of auto, {', '.join(named)}")
+    encoder = task == "classification" and _is_encoder(config)
+    return torch.bfloat16 if native_bfloat16(device) and not encoder else torch.float32
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware, so that it is faster than float32 and not slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return False
+
+
+def check_finite(model: torch.nn.Module) -> None:
+    """Raise FileError naming the weights that hold NaN or infinity.
+
+    A float32 sum is not finite if an entry is not, and costs one read without a copy; only a suspect is looked at closely.
+    """
+    bad = [name for name, weight in model.state_dict().items() if weight.is_floating_point() and _suspect(weight)]
+    if bad:
+        shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        raise FileError(
+            f"{len(bad)} weights of the model hold NaN or infinity",
+            why=shown,
+            fix="download or copy the model again; if it was trained or merged, that run diverged",
+        )
+
+
+def _suspect(weight: torch.Tensor) -> bool:
+    total = weight.sum(dtype=torch.float32 if weight.dtype != torch.float64 else None)
+    return not bool(total.isfinite()) and not bool(weight.isfinite().all())
+
+
+def _config(path: Path) -> "PretrainedConfig":
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    content = _without_code(read_json(path / "config.json"))
+    model_type = content.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise FileError(
+            f"transformers has no model type {model_type!r}",
+            why="lorakit never runs code that comes with a model",
+            fix="use a model that transformers implements, or a newer transformers",
+            where=str(path / "config.json"),
+        )
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(content)
+    except Exception as error:  # the validators of many model types raise many things
+        raise FileError("config.json is not valid", why=_first_line(error), where=str(path / "config.json")) from error
+
+
+def _without_code(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _without_code(value) for key, value in content.items() if not _CODE_KEYS.fullmatch(key)}
+    return content
+
+
+def _is_encoder(config: "PretrainedConfig") -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def _set_labels(config: "PretrainedConfig", labels: list[str] | None, path: Path) -> None:
+    """Write the class names into the config. A trained head keeps its order of classes, so the same names must come in it."""
+    trained = bool(read_json(path / "config.json").get("id2label"))
+    own = [config.id2label[i] for i in range(config.num_labels)]
+    if labels is None:
+        if not trained:
+            raise UsageError("a model without a classification head needs labels", where=str(path))
+        return
+    if len(set(labels)) != len(labels) or len(labels) < 2:
+        raise UsageError("labels must be two or more different names", why=f"got {labels}")
+    if trained and set(own) == set(labels) and own != labels:
+        raise UsageError("the labels are not in the order of the model's head", why=f"the head has {own}", fix="give them in that order")
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: i for i, label in enumerate(labels)}
+
+
+def _model(
+    path: Path, config: "PretrainedConfig", task: Task, dtype: torch.dtype, seed: int
+) -> tuple["PreTrainedModel", list[str]]:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+
+    classify = task == "classification"
+    generator = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    auto = AutoModelForSequenceClassification if classify else generator
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # a missing head is the only thing drawn at random
+            model, info = auto.from_pretrained(
+                path,
+                config=config,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=classify,  # a head of another number of classes is replaced
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
+        raise FileError(f"cannot load the model as {auto.__name__[9:]}", why=_first_line(error), where=str(path)) from error
+    fresh = {entry if isinstance(entry, str) else entry[0] for entry in (*info["missing_keys"], *info["mismatched_keys"])}
+    return model, _head_modules(model, fresh, classify, path)
+
+
+def _head_modules(model: "PreTrainedModel", fresh: set[str], classify: bool, path: Path) -> list[str]:
+    """The modules owning the freshly initialised parameters: a head or a pooler of a classifier. Anything else is damage."""
+    body = model.base_model_prefix + "."
+    damaged = sorted(key for key in fresh if not classify or (key.startswith(body) and ".pooler." not in key))
+    if damaged:
+        raise FileError(
+            f"{len(damaged)} weights are missing or of the wrong shape",
+            why=", ".join(damaged[:5]) + (" ..." if len(damaged) > 5 else ""),
+            fix="the files and config.json do not belong together, or this is not a model for the task",
+            where=str(path),
+        )
+    return sorted({key.rpartition(".")[0] for key in fresh})
+
+
+def _tokenizer(path: Path, config: "PretrainedConfig") -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, config=config, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises plain Exception for a damaged tokenizer.json
+        raise FileError("cannot load the tokenizer", why=_first_line(error), where=str(path)) from error
+
+
+def _check_vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", path: Path) -> None:
+    rows = model.get_input_embeddings().num_embeddings
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= rows:
+        raise FileError(
+            "the tokenizer does not belong to the model",
+            why=f"its largest token id is {largest}, the embedding has {rows} rows",
+            fix="use the tokenizer files the model was published with",
+            where=str(path),
+        )
+
+
+def _set_padding(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Give both the same padding token, an existing one: the embedding is never resized. Padding is masked by length."""
+    if tokenizer.pad_token is None:
+        vocabulary = tokenizer.get_vocab()
+        known = next((token for token in _PAD_TOKENS if token in vocabulary), None)
+        tokenizer.pad_token = known or tokenizer.eos_token or next(iter(vocabulary))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if model.can_generate():
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' reports and progress bars off the terminal: what matters in them comes back as errors."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

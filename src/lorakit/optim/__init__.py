@@ -1,0 +1,19 @@
+"""How the trainable parameters move: which group each belongs to, the optimizer, the learning-rate schedule."""
+
+from collections.abc import Iterator
+
+from ..core.registry import Registry
+from .groups import OptimSettings, parameter_groups, role, scale_learning_rates
+from .schedules import SCHEDULES, schedule
+
+__all__ = ["OPTIMIZERS", "SCHEDULES", "OptimSettings", "parameter_groups", "role", "scale_learning_rates", "schedule"]
+
+
+class _Optimizers(Registry):
+    """Every file of this package is an optimizer, except the two that all optimizers share."""
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in super().__iter__() if name not in ("groups", "schedules"))
+
+
+OPTIMIZERS = _Optimizers("lorakit.optim", "build", "optimizer")

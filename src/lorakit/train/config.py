@@ -1,0 +1,190 @@
+"""What a run is made of: one frozen dataclass per section. It is the Python API; `config_file.py` spells it in YAML.
+
+Each class says in its docstring what every key means. The command line's `--help`, `lorakit init` and the JSON Schema
+print those lines, so a key is described in one place.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+
+from ..core.adapter import Method
+from ..core.registry import METHODS
+from ..core.target import Target
+from ..optim import OPTIMIZERS, SCHEDULES
+
+Count = Annotated[int, Ge(1)]
+Positive = Annotated[float, Gt(0)]
+NotNegative = Annotated[float, Ge(0)]
+Text = Annotated[str, MinLen(1)]
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Annotation of a text that must be one of `names`, which may be a registry of files."""
+
+    names: Iterable[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The frozen base model.
+
+    name: built-in name (smollm2, minilm), directory, or hub id of the base model
+    dtype: number format of the frozen weights; auto is bfloat16 where the hardware computes it natively
+    quantize: store the frozen weights in 4 or 8 bits
+    """
+
+    name: Text
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    quantize: Literal["nf4", "fp4", "int8"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The rows to learn from.
+
+    path: file (.jsonl, .json, .csv, .tsv, .parquet, also .gz) or directory with train and valid files
+    format: form of the rows (messages, completion, text, ...); found by looking when absent
+    valid: validation file, or the fraction of the rows to hold out
+    skip_bad_rows: drop rows that cannot be used, with a count, instead of stopping
+    """
+
+    path: Text
+    format: Text | None = None
+    valid: Annotated[float, Gt(0), Lt(1)] | Text | None = None
+    skip_bad_rows: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """The adapter: the method's `name`, its own hyper-parameters in `config`, and which layers get one in `target`.
+
+    In YAML the three share the section `method`.
+    """
+
+    name: str
+    config: Method
+    target: Target = field(default_factory=Target)
+
+    @classmethod
+    def of(cls, config: Method, target: Target | None = None) -> "MethodConfig":
+        """Give the section for a method object such as `LoRA(r=8)`, its name looked up."""
+        return cls(name=METHODS.name_of(type(config)), config=config, target=target or Target())
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer.
+
+    name: optimizer
+    lr: peak learning rate
+    b_ratio: learning rate of lora_B over that of lora_A (LoRA+)
+    weight_decay: decoupled weight decay of the matrices
+    schedule: shape of the learning rate after the warm-up
+    warmup: fraction of all steps if below 1, otherwise a number of steps
+    clip: largest norm of the gradient; null for no limit
+    betas: decay rates of the optimizer's running averages
+    eps: term added to the denominator of the update
+    """
+
+    name: Annotated[str, OneOf(OPTIMIZERS)] = "adamw"
+    lr: Positive = 2e-4
+    b_ratio: Positive = 1.0
+    weight_decay: NotNegative = 0.0
+    schedule: Annotated[str, OneOf(SCHEDULES)] = "cosine"
+    warmup: NotNegative = 0.03
+    clip: Positive | None = 1.0
+    betas: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.9, 0.999)
+    eps: Positive = 1e-8
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """The loop (section `train`).
+
+    task: what is learned; found by looking at the data when absent
+    batch_size: rows per batch
+    batch_tokens: tokens per packed batch, instead of batch_size
+    accumulate: batches per optimizer step
+    max_length: tokens kept of a row; 99th percentile of the data when absent
+    epochs: passes over the data
+    max_steps: optimizer steps, instead of epochs
+    save_steps: optimizer steps between checkpoints; 0 for none
+    eval_steps: optimizer steps between evaluations; 0 for none, null for one per epoch if there is validation data
+    seed: start of every random number
+    controller: schedule of ranks or restarts; the method's own when absent
+    checkpointing: recompute activations in the backward pass, which saves memory and costs time
+    keep_checkpoints: how many of the newest checkpoints stay on disk
+    """
+
+    task: Literal["sft", "completion", "classification"] | None = None
+    batch_size: Count = 8
+    batch_tokens: Count | None = None
+    accumulate: Count = 1
+    max_length: Annotated[int, Ge(2)] | None = None
+    epochs: Positive = 1.0
+    max_steps: Count | None = None
+    save_steps: Annotated[int, Ge(0)] = 50
+    eval_steps: Annotated[int, Ge(0)] | None = None
+    seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 0
+    controller: Text | None = None
+    checkpointing: bool = False
+    keep_checkpoints: Count = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What happens at each evaluation.
+
+    prompts: prompts answered and kept in samples.jsonl at each evaluation
+    max_tokens: longest answer to a prompt, in tokens
+    patience: stop after this many evaluations without a better validation loss; null to go on
+    load_best: keep the adapter of the evaluation with the lowest validation loss
+    """
+
+    prompts: tuple[str, ...] = ()
+    max_tokens: Count = 64
+    patience: Count | None = None
+    load_best: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run. `output` is its directory."""
+
+    model: ModelConfig
+    data: DataConfig
+    method: MethodConfig
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    output: Text
+
+
+SECTIONS: Mapping[str, type[Any]] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "train": TrainOptions,
+    "eval": EvalConfig,
+}
+DEFAULT_METHOD = "lora"
+OUTPUT_HELP = "directory of the run; runs/<name of the data> when absent"
+
+
+def as_tree(config: RunConfig) -> dict[str, Any]:
+    """Give the configuration as plain values in the shape of a file: {section: {key: value}, "output": directory}."""
+    own: Any = config.method.config  # every method is a dataclass
+    method = {"name": config.method.name, **asdict(own), **asdict(config.method.target)}
+    return {
+        "model": asdict(config.model),
+        "data": asdict(config.data),
+        "method": method,
+        "optim": asdict(config.optim),
+        "train": asdict(config.train),
+        "eval": asdict(config.eval),
+        "output": config.output,
+    }

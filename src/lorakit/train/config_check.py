@@ -1,0 +1,77 @@
+"""What two keys of a configuration say about each other, and what two configurations have in common."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .config import RunConfig, TrainOptions, as_tree
+
+# What may differ between a run and its resumption: what is written and looked at, never what is computed. A longer run
+# is not among them: max_steps and epochs shape the learning rate of every step.
+MAY_CHANGE = frozenset(
+    {"output", "train.save_steps", "train.keep_checkpoints", "train.eval_steps", "eval.prompts", "eval.max_tokens"}
+)
+
+
+def diff(a: RunConfig, b: RunConfig) -> list[str]:
+    """Give the dotted keys whose values differ, in the order of the sections."""
+    old, new = dict(_items(a)), dict(_items(b))
+    return [key for key in old | new if key not in old or key not in new or old[key] != new[key]]
+
+
+def resume_conflicts(a: RunConfig, b: RunConfig) -> list[str]:
+    """Give the keys that differ and make `b` another run than `a`, so that it cannot resume `a`."""
+    return [key for key in diff(a, b) if key not in MAY_CHANGE]
+
+
+def contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Yield (dotted key, what is wrong) for all settings that contradict each other, before any model is loaded."""
+    yield from _either_or(config)
+    yield from _evaluation(config)
+    yield from _output(Path(config.output), Path(config.model.name))
+
+
+def _either_or(config: RunConfig) -> Iterator[tuple[str, str]]:
+    train, target = config.train, config.method.target
+    if train.max_steps is not None and train.epochs != TrainOptions.epochs:
+        yield "train.max_steps", "max_steps and epochs are both given; give one of them"
+    if train.batch_tokens is not None and train.batch_size != TrainOptions.batch_size:
+        yield "train.batch_tokens", "batch_tokens and batch_size are both given; give one of them"
+    if target.layers is not None and target.last_n_layers is not None:
+        yield "method.layers", "layers and last_n_layers are both given; give one of them"
+
+
+def _evaluation(config: RunConfig) -> Iterator[tuple[str, str]]:
+    # A directory may bring its own validation file; whether it does is known when the data is read.
+    no_rows = config.data.valid is None and not Path(config.data.path).is_dir()
+    if config.train.eval_steps and no_rows and not config.eval.prompts:
+        yield "train.eval_steps", "there is nothing to evaluate: set data.valid (e.g. 0.1) or eval.prompts"
+    if config.train.eval_steps == 0:
+        missing = "train.eval_steps is 0"
+    elif no_rows:
+        missing = "there is no validation data: set data.valid, e.g. 0.1"
+    else:
+        return
+    if config.eval.patience is not None:
+        yield "eval.patience", f"needs a validation loss, but {missing}"
+    if config.eval.load_best:
+        yield "eval.load_best", f"needs a validation loss, but {missing}"
+
+
+def _output(output: Path, model: Path) -> Iterator[tuple[str, str]]:
+    if output.exists() and not output.is_dir():
+        yield "output", f"{output} is a file; the run needs a directory"
+    elif model.is_dir() and output.resolve().is_relative_to(model.resolve()):
+        yield "output", f"{output} lies inside the base model's directory; the run must not write there"
+
+
+def _items(config: RunConfig) -> Iterator[tuple[str, Any]]:
+    for section, values in as_tree(config).items():
+        for key, value in values.items() if isinstance(values, dict) else [("", values)]:
+            yield f"{section}.{key}".rstrip("."), _comparable(value)
+
+
+def _comparable(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_comparable(item) for item in value]
+    return {key: _comparable(item) for key, item in value.items()} if isinstance(value, dict) else value
