@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import gc
 import json
 import logging
 import os
@@ -20,11 +19,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lorakit.core import files
 from lorakit.core.errors import FileError, LockError, ResourceError, UsageError
+from lorakit.core.files import WORKSPACE, RunLock, atomic_directory, atomic_write
 from lorakit.train import checkpoint as ck
-from lorakit.train import files
 from lorakit.train.checkpoint import latest, load, optimizer_tensors, restore_optimizer, save_checkpoint, verify
-from lorakit.train.files import WORKSPACE, RunLock, atomic_directory, atomic_write
 
 
 def tensors_of(step: int, size: int = 64) -> dict[str, dict[str, Tensor]]:
@@ -52,6 +51,10 @@ def assert_whole(directory: Path, size: int = 64) -> int:
     return found.step
 
 
+def bytes_of(tensor: Tensor) -> list[int]:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).tolist()
+
+
 def names(directory: Path) -> list[str]:
     return sorted(p.name for p in directory.iterdir())
 
@@ -70,7 +73,9 @@ def test_round_trip_of_every_dtype_view_and_alias(tmp_path: Path) -> None:
         "scalar": torch.tensor(3.0),
         "empty": torch.empty(0, 5),
         "nan": torch.tensor([float("nan"), float("inf"), -0.0]),
-        **{str(d): torch.ones(3).to(d) for d in (torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool)},
+        **{
+            str(d): torch.ones(3).to(d) for d in (torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool)
+        },
     }
     state = {"seed": 2**63 - 1, "loss": 0.1 + 0.2, "best": None, "tail": [1e-300, -0.0], "ü": {"nested": True}}
     path = save_checkpoint(tmp_path, 7, {"a": named}, state, config_hash="abc")
@@ -79,8 +84,7 @@ def test_round_trip_of_every_dtype_view_and_alias(tmp_path: Path) -> None:
     for name, value in named.items():
         got = tensors["a"][name]
         assert got.dtype == value.dtype and got.shape == value.shape
-        assert got.contiguous().view(torch.uint8).tolist() == value.contiguous().view(torch.uint8).tolist() or got.dim() == 0
-    assert tensors["a"]["scalar"].item() == 3.0
+        assert bytes_of(got) == bytes_of(value), name
     found = latest(tmp_path)
     assert found is not None
     assert (found.step, found.path, found.config_hash, found.versions["torch"]) == (7, path, "abc", torch.__version__)
@@ -98,7 +102,15 @@ def test_loaded_tensors_do_not_follow_the_file(tmp_path: Path) -> None:
 
 
 def test_retention_is_by_step_and_leaves_what_is_not_ours(tmp_path: Path) -> None:
-    for stray in (".tmp-7", "lost+found", "step-abc", "checkpoint-9", "step-99999999999999999999", "step-9", "step-0000000009"):
+    for stray in (
+        ".tmp-7",
+        "lost+found",
+        "step-abc",
+        "checkpoint-9",
+        "step-99999999999999999999",
+        "step-9",
+        "step-0000000009",
+    ):
         (tmp_path / stray).mkdir()
     (tmp_path / "step-000099").symlink_to(tmp_path)
     strays = names(tmp_path)
@@ -145,8 +157,8 @@ def test_every_bit_flip_is_detected(two: tuple[Path, Path]) -> None:
     rng = random.Random(0)
     for file in sorted(newest.iterdir()):
         content = file.read_bytes()
-        small = file.name in (ck.MANIFEST, ck.STATE)
-        for position in range(len(content)) if small else rng.sample(range(len(content)), 150):
+        everywhere = range(len(content))
+        for position in everywhere if len(content) < 1000 else rng.sample(everywhere, 300):
             flipped = bytearray(content)
             flipped[position] ^= 1 << rng.randrange(8)
             file.write_bytes(flipped)
@@ -230,7 +242,7 @@ def forked(work: Callable[[], object]) -> int:
     if child == 0:
         code = 1
         with contextlib.suppress(BaseException):
-            gc.disable()
+            torch.set_num_threads(1)  # a pool of threads does not survive a fork
             work()
             code = 0
         os._exit(code)
@@ -292,8 +304,6 @@ def test_kill_at_every_operation_leaves_a_whole_checkpoint(
         directory = tmp_path / f"{k}"
         save(directory, 10)
         killed = ended(forked(lambda directory=directory, k=k: work(directory, k)))
-        if not exchange:  # between its two renames the old one is in the workspace; the next writer puts it back
-            files.reclaim(directory)
         seen.add(assert_whole(directory))
         save(directory, 30, keep=1)  # the same program goes on without help
         assert names(directory) == ["step-000030"]
@@ -307,8 +317,9 @@ def test_kill_inside_the_write_of_a_file(tmp_path: Path, monkeypatch: pytest.Mon
     save(tmp_path, 10)
     monkeypatch.setattr(ck, "save_file", half_written)
     assert ended(forked(lambda: save(tmp_path, 20))) == signal.SIGKILL
-    assert assert_whole(tmp_path) == 10
     assert len(names(tmp_path)) == 2  # the half-written workspace
+    assert assert_whole(tmp_path) == 10
+    assert names(tmp_path) == ["step-000010"]
     monkeypatch.undo()
     save(tmp_path, 20)
     assert names(tmp_path) == ["step-000010", "step-000020"]
@@ -344,9 +355,7 @@ def test_kill_at_random_instants(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS])
-def test_failure_of_every_operation_is_reported_and_leaves_a_whole_checkpoint(
-    tmp_path: Path, code: int
-) -> None:
+def test_failure_of_every_operation_is_reported_and_leaves_a_whole_checkpoint(tmp_path: Path, code: int) -> None:
     def fail() -> None:
         raise OSError(code, os.strerror(code))
 
@@ -440,7 +449,7 @@ def test_every_file_and_directory_is_flushed_before_the_rename(tmp_path: Path, m
     real_fsync, real_rename = os.fsync, os.rename
 
     def fsync(handle: int) -> None:
-        order.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        order.append(Path(f"/proc/self/fd/{handle}").readlink().name)
         real_fsync(handle)
 
     def rename(one: Path, other: Path) -> None:

@@ -1,0 +1,1 @@
+"""The command line: one file per command. A command imports what it needs when it runs, so `--help` is immediate."""

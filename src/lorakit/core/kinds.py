@@ -12,7 +12,6 @@ A method that uses only these verbs works on every kind. A new kind is a mixin a
 import sys
 from functools import singledispatch
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -146,7 +145,8 @@ class ConvKind(Kind):
     def mix(self, h: Tensor, matrix: Tensor) -> Tensor:
         """Mix the channel dimension: a 1x1 convolution."""
         spatial = self.weight.dim() - 2
-        return torch.movedim(F.linear(torch.movedim(h, -1 - spatial, -1), matrix), -1, -1 - spatial)
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1]
+        return convolve(h, matrix.reshape(*matrix.shape, *[1] * spatial))
 
     def channels(self, v: Tensor) -> Tensor:
         """Give (out, 1, ...): channels stand before the spatial dimensions."""

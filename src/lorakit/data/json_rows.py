@@ -12,7 +12,6 @@ from .textfile import lines, whole
 
 DEPTH_LIMIT = 200  # values inside each other
 
-_SPACE = re.compile(r"[ \t\r\n]*")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
 
@@ -127,7 +126,9 @@ def _row(value: Any) -> dict[str, Any]:
 
 
 def _skip_space(text: str, at: int) -> int:
-    return _SPACE.match(text, at).end()  # ty: ignore[possibly-missing-attribute]
+    while at < len(text) and text[at] in " \t\r\n":
+        at += 1
+    return at
 
 
 def _end(path: Path, text: str, at: int, error: RowError) -> int:

@@ -50,7 +50,9 @@ def refuse(bad: Sequence[BadRow], total: int) -> DataError:
     others = len(bad) - len(alike)
     return DataError(
         f"{first.where}  {first.reason} ({len(alike)} of {total} rows)",
-        why=f"{others} more rows have other faults, first {places([r for r in bad if r not in alike])}" if others else None,
+        why=f"{others} more rows have other faults, first {places([r for r in bad if r not in alike])}"
+        if others
+        else None,
         fix="repair these rows, or drop them: --skip-bad-rows (data.skip_bad_rows: true)",
         where=places(alike),
     )

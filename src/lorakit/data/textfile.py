@@ -1,12 +1,12 @@
-"""Text files read within bounds: regular files only, UTF-8 only, a limit on one line and on what a gzip may unfold to."""
+"""Text files read within bounds: regular files, UTF-8, a limit on one line and on what a gzip may unfold to."""
 
 import codecs
-import gzip
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from gzip import GzipFile
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from ..core.errors import DataError
 from .rows import BadRow, RowError
@@ -66,17 +66,19 @@ def decode(line: bytes) -> str:
         raise RowError(f"byte 0x{line[error.start]:02x} is not UTF-8", column) from None
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> GzipFile | BufferedReader:
     if not stat.S_ISREG(path.stat().st_mode):  # a pipe could block and a device never end
         raise DataError(f"{path} is not a regular file", fix="give a file, not a pipe or a device")
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # ty: ignore[invalid-return-type]
+    return GzipFile(path) if path.suffix == ".gz" else path.open("rb")
 
 
-def _read(path: Path, read, size: int) -> bytes:
+def _read(path: Path, read: Callable[[int], bytes], size: int) -> bytes:
     try:
         return read(size)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read to its end", why=str(error), fix="copy or pack the file again") from None
+        raise DataError(
+            f"{path} cannot be read to its end", why=str(error), fix="copy or pack the file again"
+        ) from None
 
 
 def _without_mark(path: Path, start: bytes) -> bytes:

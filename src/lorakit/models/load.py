@@ -1,8 +1,6 @@
 """Load a model and its tokenizer from a directory: offline, safetensors only, no code from the directory, every weight checked."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from ..core.errors import FileError, UsageError
+from .console import quiet_transformers
 from .directory import read_json
 from .resolve import resolve
 
@@ -95,11 +94,9 @@ def native_bfloat16(device: torch.device) -> bool:
 
 
 def check_finite(model: torch.nn.Module) -> None:
-    """Raise FileError naming the weights that hold NaN or infinity.
-
-    A float32 sum is not finite if an entry is not, and costs one read without a copy; only a suspect is looked at closely.
-    """
-    bad = [name for name, weight in model.state_dict().items() if weight.is_floating_point() and _suspect(weight)]
+    """Raise FileError naming the weights that hold NaN or infinity; one read of the weights, no copy."""
+    weights = dict([*model.named_parameters(), *model.named_buffers()])
+    bad = [name for name, weight in weights.items() if weight.is_floating_point() and not _finite(weight)]
     if bad:
         shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
         raise FileError(
@@ -109,9 +106,9 @@ def check_finite(model: torch.nn.Module) -> None:
         )
 
 
-def _suspect(weight: torch.Tensor) -> bool:
-    total = weight.sum(dtype=torch.float32 if weight.dtype != torch.float64 else None)
-    return not bool(total.isfinite()) and not bool(weight.isfinite().all())
+def _finite(weight: torch.Tensor) -> bool:
+    """NaN spreads to both extremes, infinity is one of them."""
+    return weight.numel() == 0 or all(bool(extreme.isfinite()) for extreme in torch.aminmax(weight.detach()))
 
 
 def _config(path: Path) -> "PretrainedConfig":
@@ -237,19 +234,3 @@ def _set_padding(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase")
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' reports and progress bars off the terminal: what matters in them comes back as errors."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from ..core.errors import FileError
 from .cache import cache_dir, publish
+from .console import status
 from .directory import check_directory
-from .progress import status
 from .wheels import packaged_file
 
 NAME = "minilm"

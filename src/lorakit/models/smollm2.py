@@ -12,8 +12,8 @@ from typing import Any
 
 from ..core.errors import FileError
 from .cache import cache_dir, publish
+from .console import status
 from .directory import check_directory
-from .progress import status
 from .wheels import packaged_file
 
 NAME = "smollm2"

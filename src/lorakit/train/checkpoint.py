@@ -15,6 +15,7 @@ import json
 import logging
 import re
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..core.errors import FileError, UsageError
-from .files import atomic_directory, discard
+from ..core.files import atomic_directory, discard, reclaim
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -86,6 +87,8 @@ def latest(directory: Path, *, fallback: bool = True) -> Checkpoint | None:
 
     With `fallback=False` a damaged newest checkpoint is a FileError; so is, always, one made by a newer format.
     """
+    with suppress(OSError):  # a directory that is read-only can be read all the same
+        reclaim(directory)
     for step, path in sorted(steps(directory).items(), reverse=True):
         problems = verify(path)
         if not problems:

@@ -39,10 +39,12 @@ def section_keys(section: str, method: str = DEFAULT_METHOD) -> dict[str, Key]:
 
 
 @functools.cache
-def all_keys() -> Mapping[str, frozenset[str]]:
-    """Give the keys of each section; for `method` those of any method."""
-    any_method = frozenset(key for name in METHODS for key in section_keys("method", name))
-    return {"method": any_method} | {name: frozenset(section_keys(name)) for name in SECTIONS}
+def all_keys() -> Mapping[str, Mapping[str, Key]]:
+    """Give the keys of each section; for `method` those of every method together."""
+    any_method: dict[str, Key] = {}
+    for name in sorted(METHODS, key=lambda name: name == DEFAULT_METHOD):
+        any_method |= section_keys("method", name)
+    return {"method": any_method} | {name: section_keys(name) for name in SECTIONS}
 
 
 @functools.cache
@@ -50,7 +52,7 @@ def flat_names() -> Mapping[str, str]:
     """Give {key: section.key} for the keys that only one section has, which need no section on a command line."""
     owners: dict[str, list[str]] = {}
     for section, keys in all_keys().items():
-        for key in keys - {"name", "path", "format"}:
+        for key in set(keys) - {"name", "path", "format"}:
             owners.setdefault(key, []).append(section)
     return {key: f"{found[0]}.{key}" for key, found in sorted(owners.items()) if len(found) == 1}
 

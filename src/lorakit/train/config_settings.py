@@ -107,26 +107,23 @@ def _given(settings: Settings, key: str) -> bool:
 
 def read_overrides(overrides: Sequence[str], findings: Findings) -> Settings:
     """Read `key=value` texts; of a key given twice the last counts."""
-    root: dict[str, Node] = {}
+    settings: Settings = {}
     for text in overrides:
         key, equals, value = text.partition("=")
         where = f"command line ({text})"
         if not equals or not key:
             findings.problem(where, "", "must have the form key=value")
             continue
-        root[key] = Node(_override_value(value, where).value, where)
-    settings: Settings = {}
-    for key, node in root.items():
+        node = Node(_override_value(value, where).value, where)
         section, dot, inner = key.partition(".")
+        meant: Settings = {}
         if dot and section in ORDER[:-1]:
-            _section_key(settings, section, inner, node, findings)
+            _section_key(meant, section, inner, node, findings)
         elif dot:
             findings.problem(node, key, f"unknown section {section!r}{near(section, ORDER)}")
-        else:
-            quiet = Findings(findings.problems)  # who types `lr=1e-4` needs no notice
-            settings_of_key = in_our_names(Node({key: node}, node.where), quiet)
-            for dotted, item in settings_of_key.items():
-                _set(settings, dotted, item, key, findings)
+        else:  # who types `lr=1e-4` needs no notice
+            meant = in_our_names(Node({key: node}, where), Findings(findings.problems))
+        settings |= meant
     _either_or(settings, findings)
     return settings
 

@@ -1,0 +1,119 @@
+"""Command lines that carry configuration: `CONFIG.yaml optim.lr=1e-4 --max-steps 60 --lora_r 8`.
+
+Flags are the keys of the dataclasses, with or without their section, and the names other tools use. They become the
+same `key=value` texts that stand without dashes, and mean what the file would mean with that line in it.
+"""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ..core.errors import UsageError
+from .output import table
+
+SHORT = {"-o": "output", "-c": "config"}
+
+
+def split(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """Give the configuration file and the overrides in a command line; a run directory stands for its config.yaml.
+
+    Raises UsageError for unknown flags, flags without a value and a second file.
+    """
+    files: list[str] = []
+    overrides: list[str] = []
+    rest = list(arguments)
+    while rest:
+        token = rest.pop(0)
+        if not token.startswith("-"):
+            (overrides if "=" in token and not Path(token).exists() else files).append(token)
+            continue
+        flag, equals, value = token.partition("=")
+        key = _key(flag)
+        if not equals:
+            value = _value(flag, key, rest)
+        if key == "config":
+            files.append(value)
+        elif flag.startswith("--no-"):
+            overrides.append(f"{key}=false")
+        else:
+            overrides.append(f"{key}={value}")
+    if len(files) > 1:
+        fix = "one configuration file, then key=value or --key value"
+        raise UsageError(f"more than one configuration file: {' '.join(files)}", fix=fix)
+    return (_config_file(Path(files[0])) if files else None), overrides
+
+
+def help_text() -> str:
+    """Give the list of all configuration keys as flags, for --help."""
+    from ..train.config_schema import section_keys
+
+    rows = [("  --model NAME", "short for --model.name"), ("  --data PATH", "short for --data.path")]
+    rows += [("  -o, --output DIR", "directory of the run; runs/<name of the data> when absent")]
+    for section in ("model", "data", "method", "optim", "train", "eval"):
+        rows.append((f"{section}:", ""))
+        for key in section_keys(section).values():
+            rows.append((f"  --{section}.{key.name.replace('_', '-')}", key.help + _default(key.default)))
+    intro = "Configuration keys, as flags or as key=value; the section may be left out where the key is not ambiguous:"
+    return f"{intro}\n\n{table(rows)}"
+
+
+def _default(value: object) -> str:
+    from dataclasses import MISSING
+
+    from ..train.config_file import flow
+
+    return "" if value in (MISSING, None, "", ()) else f" [{flow(value)}]"
+
+
+def _config_file(path: Path) -> Path:
+    return path / "config.yaml" if path.is_dir() else path
+
+
+def _value(flag: str, key: str, rest: list[str]) -> str:
+    """Take a flag's value off the command line; a flag that is true or false may stand alone."""
+    if flag.startswith("--no-"):
+        return "false"
+    if _is_switch(key):
+        return rest.pop(0) if rest and rest[0].lower() in ("true", "false") else "true"
+    if not rest:
+        raise UsageError(f"{flag} needs a value", fix=f"{flag} VALUE")
+    return rest.pop(0)
+
+
+def _key(flag: str) -> str:
+    """Give the key that a flag names, as an override names it."""
+    if flag in SHORT:
+        return SHORT[flag]
+    plain = flag.removeprefix("--").replace("-", "_")
+    known = set(_known())
+    for name in (plain, plain.removeprefix("no_")):
+        if flag.startswith("--") and name in known:
+            return name
+    near = difflib.get_close_matches(plain, known, n=1)
+    hint = f"did you mean --{near[0].replace('_', '-')}? " if near else ""
+    raise UsageError(f"unknown option {flag}", fix=f"{hint}--help lists all of them")
+
+
+def _known() -> Iterator[str]:
+    from ..train.aliases import OTHER_NAMES
+    from ..train.config_schema import ORDER, all_keys, flat_names
+
+    yield "config"
+    yield from ("model", "data", "method", "output")
+    yield from flat_names()
+    yield from OTHER_NAMES
+    for section in ORDER[:-1]:
+        yield from (f"{section}.{key}" for key in all_keys()[section])
+
+
+def _is_switch(key: str) -> bool:
+    """Say whether a key is true or false."""
+    from ..train.aliases import CONVERTED, NEEDLESS, RENAMED
+    from ..train.config_schema import all_keys, flat_names
+
+    if key in CONVERTED:
+        return key in ("lora_target_linear", "bf16", "fp16", "load_in_4bit", "load_in_8bit")
+    if key in NEEDLESS:
+        return key in ("logging_first_step", "use_peft", "remove_unused_columns")
+    section, dot, name = RENAMED.get(key, flat_names().get(key, key)).partition(".")
+    return bool(dot) and all_keys()[section][name].hint is bool

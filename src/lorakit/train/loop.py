@@ -1,0 +1,254 @@
+"""The training loop, top to bottom: rows of a step, losses, gradients, checks, update, log, evaluate, save.
+
+Everything random is a pure function of (seed, step, micro-batch), so a resumed run is the uninterrupted one bit for bit, and
+sampling or evaluating in between moves nothing.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core.errors import DivergenceError, UsageError
+from ..data.dataset import Example
+from ..models.modes import evaluating
+from ..optim.groups import scale_learning_rates
+from .adapter_state import adapter_tensors, restore_adapter
+from .checkpoint import optimizer_tensors, restore_optimizer, save_checkpoint
+from .measure import memory_gb
+from .metrics import MetricsLog
+from .progress import Progress
+from .steps import Steps, Window
+from .stop import Interrupted, StopRequest
+from .task import Task
+
+PATIENCE_FOR_DIVERGENCE = 5  # steps in a row with a loss three times worse than guessing
+
+
+@dataclass
+class Job:
+    """Everything a run needs, made by `run.py`; the loop adds nothing and looks nothing up."""
+
+    model: nn.Module
+    adapter: str
+    task: Task
+    examples: Sequence[Example]
+    valid: Sequence[Example]
+    steps: Steps
+    optimizer: torch.optim.Optimizer
+    schedule: Callable[[int], float]
+    clip: float | None
+    seed: int
+    eval_steps: int | None
+    save_steps: int
+    keep_checkpoints: int
+    patience: int | None
+    load_best: bool
+    directory: Path
+    config_hash: str
+    identity: Mapping[str, Any]
+    """What a checkpoint must agree with to be resumed: fingerprints of data and base."""
+    metrics: MetricsLog
+    progress: Progress
+    stop: StopRequest
+    sample: Callable[[int], None]
+    """Answer the fixed prompts and log the answers."""
+    first_step: Callable[[], None]
+    """Prove after the first step that what was trained can be saved and read again."""
+
+
+@dataclass
+class State:
+    """Where a run stands; with the tensors, all that a checkpoint holds."""
+
+    step: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    seconds: float = 0.0
+    evaluated: bool = True
+    """Whether the evaluation due after `step` has been done."""
+    best_loss: float | None = None
+    best_step: int | None = None
+    worse: int = 0
+    """Evaluations since the best one."""
+    divergent: int = 0
+    """Steps in a row with a loss far above a uniform guess."""
+    last_loss: float | None = None
+    evaluation: dict[str, float] = field(default_factory=dict)
+
+
+def fit(job: Job, state: State) -> State:
+    """Train from `state` to the end of the run, or to early stopping. Raises Interrupted after saving on a signal."""
+    began = time.monotonic() - state.seconds
+    while True:
+        if not state.evaluated:
+            evaluate_and_sample(job, state)
+            save(job, state, when_due=True)
+        if state.step >= job.steps.total or (job.patience is not None and state.worse >= job.patience):
+            break
+        window = job.steps[state.step]
+        scale_learning_rates(job.optimizer, job.schedule(state.step))
+        loss, norm, weight = update(job, state, window)
+        rows = [job.examples[i] for batch in window.batches for i in batch]
+        state.step += 1
+        state.tokens += sum(len(row.input_ids) for row in rows)
+        state.trained_tokens += weight
+        seconds, state.seconds = state.seconds, time.monotonic() - began
+        state.last_loss = loss
+        record = {
+            "step": state.step,
+            "epoch": round(window.epoch, 6),
+            "loss": loss,
+            "lr": max(group["lr"] for group in job.optimizer.param_groups),
+            "grad_norm": norm,
+            "tokens": state.tokens,
+            "trained_tokens": state.trained_tokens,
+            "tok_s": sum(len(row.input_ids) for row in rows) / max(state.seconds - seconds, 1e-9),
+            "mem_gb": memory_gb(),
+            "t": state.seconds,
+        }
+        job.metrics.write(record)
+        job.progress.step(record)
+        if state.step == 1:
+            job.first_step()
+        state.evaluated = not evaluation_due(job, state, window)
+        if state.evaluated:
+            save(job, state, when_due=True)
+    return state
+
+
+def update(job: Job, state: State, window: Window) -> tuple[float, float, int]:
+    """Take one optimizer step. Gives (mean loss, gradient norm before clipping, weight).
+
+    Raises DivergenceError before anything is changed if the loss or a gradient is not finite, and Interrupted (with the
+    state of before this step saved) on a signal.
+    """
+    batches = [[job.examples[i] for i in batch] for batch in window.batches]
+    weight = sum(job.task.weight(row) for batch in batches for row in batch)
+    job.model.train()
+    total = 0.0
+    for i, batch in enumerate(batches):
+        if job.stop:
+            interrupt(job, state)
+        torch.manual_seed(random_seed(job.seed, state.step, i))
+        loss, _ = job.task.loss(job.model, batch)
+        (loss / weight).backward()
+        total += float(loss.detach())
+    parameters = [p for group in job.optimizer.param_groups for p in group["params"]]
+    if state.step == 0:
+        check_all_reached(job, parameters)
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, math.inf if job.clip is None else job.clip))
+    check_finite(job, state, total / weight, norm, batches)
+    job.optimizer.step()
+    job.optimizer.zero_grad(set_to_none=True)
+    return total / weight, norm, weight
+
+
+def random_seed(seed: int, step: int, batch: int) -> int:
+    """Give the seed of one micro-batch's dropout. Odd multipliers keep neighbours apart modulo 2**63."""
+    return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + batch * 0x94D049BB133111EB) % 2**63
+
+
+def check_all_reached(job: Job, parameters: Sequence[nn.Parameter]) -> None:
+    """Raise UsageError if a trainable tensor got no gradient: its layer is never run, and it would be saved untrained."""
+    names = {id(p): name for name, p in job.model.named_parameters()}
+    unreached = [names[id(p)] for p in parameters if p.grad is None]
+    if unreached:
+        layers = sorted({name.split(".adapters.")[0] for name in unreached})
+        raise UsageError(
+            f"{len(layers)} adapted layers take no part in the loss: {', '.join(layers[:5])}",
+            why="no gradient reaches them, so they would be saved as they started",
+            fix="leave them out with exclude_modules",
+        )
+
+
+def check_finite(job: Job, state: State, loss: float, norm: float, batches: Sequence[Sequence[Example]]) -> None:
+    """Raise DivergenceError for NaN, infinity or a loss that stays far worse than guessing; the weights are untouched."""
+    where = "rows " + ", ".join([row.where for batch in batches for row in batch][:8])
+    fix = "lower optim.lr, or look at these rows; the last checkpoint is good: " + str(job.directory / "checkpoints")
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
+        raise DivergenceError(f"{what} at step {state.step + 1}; nothing was updated", fix=fix, where=where)
+    state.divergent = state.divergent + 1 if loss > 3 * job.task.worst else 0
+    if state.divergent >= PATIENCE_FOR_DIVERGENCE:
+        why = f"a uniform guess has {job.task.worst:.2f}, and it has been three times worse for {state.divergent} steps"
+        raise DivergenceError(f"the loss is {loss:.4g} at step {state.step + 1}", why=why, fix=fix, where=where)
+
+
+def evaluation_due(job: Job, state: State, window: Window) -> bool:
+    """Whether to evaluate after this step: every `eval_steps`, or by epochs (None), always at the end; 0 is never."""
+    if job.eval_steps == 0:
+        return False
+    if state.step == job.steps.total:
+        return True
+    return window.ends_epoch if job.eval_steps is None else state.step % job.eval_steps == 0
+
+
+def evaluate_and_sample(job: Job, state: State) -> None:
+    """Evaluate, keep the best, answer the fixed prompts."""
+    if job.valid:
+        state.evaluation = evaluate(job, state)
+        record = {"step": state.step, "epoch": round(job.steps[state.step - 1].epoch, 6), **state.evaluation}
+        job.metrics.write({**record, "t": state.seconds})
+        job.progress.evaluation(record)
+        loss = state.evaluation["eval_loss"]
+        if state.best_loss is None or loss < state.best_loss:
+            state.best_loss, state.best_step, state.worse = loss, state.step, 0
+        else:
+            state.worse += 1
+    job.sample(state.step)
+    state.evaluated = True
+    if job.load_best and state.best_step == state.step:
+        save(job, state)
+
+
+@torch.no_grad()
+def evaluate(job: Job, state: State) -> dict[str, float]:
+    """Give the mean loss (and accuracy) over the validation rows."""
+    order = sorted(range(len(job.valid)), key=lambda i: len(job.valid[i].input_ids))
+    size, total, weight, right = job.steps.batch_size, 0.0, 0, 0
+    with evaluating(job.model):
+        for i in range(0, len(order), size):
+            if job.stop:
+                interrupt(job, state)
+            batch = [job.valid[k] for k in order[i : i + size]]
+            loss, correct = job.task.loss(job.model, batch)
+            total, right = total + float(loss), right + correct
+            weight += sum(job.task.weight(row) for row in batch)
+    return job.task.measures(total / weight, right / weight)
+
+
+def interrupt(job: Job, state: State) -> None:
+    """Drop the step under way, save the state before it, and stop."""
+    job.optimizer.zero_grad(set_to_none=True)
+    save(job, state)
+    raise Interrupted(job.stop.signum or 0, state.step, f"output {job.directory}")
+
+
+def save(job: Job, state: State, *, when_due: bool = False) -> None:
+    """Write a checkpoint; `when_due` only every `save_steps` and at the end (for a kill during the export)."""
+    due = job.save_steps > 0 and (state.step % job.save_steps == 0 or state.step == job.steps.total)
+    if when_due and not due:
+        return
+    tensors, scalars = optimizer_tensors(job.optimizer)
+    save_checkpoint(
+        job.directory / "checkpoints",
+        state.step,
+        {"adapter": adapter_tensors(job.model, job.adapter), "optimizer": tensors},
+        {"state": vars(state), "optimizer": scalars, "identity": dict(job.identity)},
+        keep=job.keep_checkpoints,
+        protect={state.best_step} if job.load_best and state.best_step is not None else (),
+        config_hash=job.config_hash,
+    )
+
+
+def restore(job: Job, tensors: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any]) -> State:
+    """Put a checkpoint's tensors in place and give the state it was taken at."""
+    restore_adapter(job.model, job.adapter, tensors["adapter"])
+    restore_optimizer(job.optimizer, tensors["optimizer"], saved["optimizer"])
+    return State(**saved["state"])

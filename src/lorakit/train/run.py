@@ -1,0 +1,355 @@
+"""A training run from configuration to adapter: directory, data, model, adapter, loop, proofs. Each function is one stage."""
+
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..core.attach import adapters, attach, names
+from ..core.errors import CheckError, FileError, LorakitError, UsageError
+from ..core.files import RunLock
+from ..core.summary import Summary, summary
+from ..data.dataset import Dataset
+from ..data.encode import encode, find_task
+from ..data.holdout import read_train_valid
+from ..data.rows import Rows
+from ..interop.adapter_directory import save as save_adapter
+from ..interop.read import read_tensors
+from ..models.directory import fingerprint
+from ..models.generate import generate
+from ..models.load import load as load_model
+from ..models.packing import enable_packing
+from ..optim import OPTIMIZERS, parameter_groups, schedule
+from .adapter_state import restore_adapter
+from .checkpoint import latest, steps
+from .checkpoint import load as load_checkpoint
+from .config import RunConfig
+from .config_file import dump
+from .loop import Job, State, fit, restore
+from .metrics import MetricsLog, SampleLog
+from .progress import Progress
+from .run_directory import RunDirectory
+from .steps import Steps
+from .stop import StopRequest, listen
+from .task import Classification, LanguageModelling, Task
+from .trackers import trackers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ADAPTER = "default"
+PEFT_TASK = {"sft": "CAUSAL_LM", "completion": "CAUSAL_LM", "classification": "SEQ_CLS"}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to. `loss` is that of the last step, `checks` the proofs in words."""
+
+    directory: Path
+    adapter: Path
+    steps: int
+    loss: float | None
+    evaluation: dict[str, float]
+    summary: Summary
+    seconds: float
+    resumed_from: int | None
+    checks: list[str]
+
+
+@dataclass
+class Base:
+    """The base model of a run. `head` are modules that start untrained and must be trained in full."""
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    head: list[str]
+    path: Path | None
+
+
+def run(
+    config: RunConfig,
+    *,
+    overwrite: bool = False,
+    model: "tuple[PreTrainedModel, PreTrainedTokenizerBase] | None" = None,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Train as `config` says, or go on with an unfinished run of the same configuration in `config.output`.
+
+    model: a loaded model and its tokenizer in place of the one `config.model` names. Raises UsageError, DataError and
+    FileError before training, DivergenceError and Interrupted (the run is then saved) during it.
+    """
+    directory = RunDirectory(config.output, overwrite=overwrite)
+    with RunLock(directory.path), listen() as stop, _logged(directory):
+        if overwrite:
+            directory.clear()
+        train, valid = read_train_valid(
+            config.data.path, config.data.valid, skip_bad_rows=config.data.skip_bad_rows, seed=config.train.seed
+        )
+        task = config.train.task or find_task(train, config.data.format)
+        base = _base(config, task, train, model)
+        data, held_out = _encode(config, task, base, train, valid)
+        config = replace(config, train=replace(config.train, task=task, max_length=data.max_length))
+        directory.claim(config)
+        with _Session(config, directory, base, data, held_out, stop, progress) as session:
+            return session.run()
+
+
+@contextmanager
+def _logged(directory: RunDirectory) -> Iterator[None]:
+    """Keep what went wrong in log.txt, with the traceback that the terminal does not show."""
+    try:
+        yield
+    except BaseException:
+        directory.note(traceback.format_exc())
+        raise
+
+
+def _base(
+    config: RunConfig, task: str, rows: Rows, given: "tuple[PreTrainedModel, PreTrainedTokenizerBase] | None"
+) -> Base:
+    if given is not None:
+        return Base(*given, [], None)
+    if config.model.quantize is not None:
+        raise UsageError(f"model.quantize: {config.model.quantize} is not available", fix="leave model.quantize out")
+    kind = "classification" if task == "classification" else "causal"
+    labels = _class_names(config, rows) if kind == "classification" else None
+    loaded = load_model(config.model.name, task=kind, dtype=config.model.dtype, labels=labels, seed=config.train.seed)
+    return Base(loaded.model, loaded.tokenizer, loaded.head_modules, loaded.path)
+
+
+def _class_names(config: RunConfig, rows: Rows) -> list[str]:
+    from ..data.classify import class_names
+    from ..data.formats import Labelled, find_format, parse_rows, rename_columns
+
+    table, form = rename_columns(rows, config.data.format)
+    records, _ = parse_rows(table, find_format(table, form))
+    return class_names([record.label for record, _ in records if isinstance(record, Labelled)])
+
+
+def _encode(
+    config: RunConfig, task: str, base: Base, train: Rows, valid: Rows | None
+) -> tuple[Dataset, Dataset | None]:
+    settings: dict[str, Any] = {"task": task, "format": config.data.format, "skip_bad_rows": config.data.skip_bad_rows}
+    settings["model_limit"] = base.model.config.get_text_config().to_dict().get("max_position_embeddings")
+    if task == "classification":
+        settings["labels"] = [base.model.config.id2label[i] for i in range(base.model.config.num_labels)]
+    data = encode(train, base.tokenizer, max_length=config.train.max_length, **settings)
+    if valid is None:
+        return data, None
+    return data, encode(valid, base.tokenizer, max_length=data.max_length, **settings)
+
+
+class _Session:
+    """One run with everything loaded: attaches, trains, proves, saves."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        directory: RunDirectory,
+        base: Base,
+        data: Dataset,
+        valid: Dataset | None,
+        stop: StopRequest,
+        progress: Progress | None,
+    ) -> None:
+        self.config, self.directory, self.base, self.data, self.valid = config, directory, base, data, valid
+        self.stop, self.checks = stop, list[str]()
+        lengths = data.lengths
+        train = config.train
+        self.steps = Steps(
+            lengths,
+            seed=train.seed,
+            batch_size=train.batch_size,
+            batch_tokens=train.batch_tokens,
+            accumulate=train.accumulate,
+            epochs=train.epochs,
+            max_steps=train.max_steps,
+        )
+        self.progress = progress or Progress(self.steps.total)
+        self.progress.total_steps = self.steps.total
+
+    def __enter__(self) -> "_Session":
+        """Start."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Give the terminal back."""
+        self.progress.close()
+
+    def run(self) -> RunResult:
+        """Go through the stages."""
+        self._attach()
+        found = latest(self.directory.checkpoints)
+        job = self._job(found.step if found else 0)
+        state = State()
+        if found is not None:
+            state = self._resume(job, found.path)
+        elif self.directory.checkpoints.exists() and steps(self.directory.checkpoints):
+            raise FileError(f"no checkpoint in {self.directory.checkpoints} is whole", fix="give --overwrite to start again")
+        fit(job, state)
+        if self.config.eval.load_best and state.best_step not in (None, state.step):
+            tensors, _ = load_checkpoint(steps(self.directory.checkpoints)[state.best_step])
+            restore_adapter(self.base.model, ADAPTER, tensors["adapter"])
+            self.say(f"took the adapter of step {state.best_step}, which had the lowest validation loss")
+        self._finish()
+        return RunResult(
+            self.directory.path,
+            self.directory.adapter,
+            state.step,
+            state.last_loss,
+            state.evaluation,
+            summary(self.base.model, ADAPTER),
+            state.seconds,
+            found.step if found else None,
+            self.checks,
+        )
+
+    def say(self, text: str) -> None:
+        """Tell the user, and keep it."""
+        self.progress.message(text)
+        self.directory.note(text)
+
+    def proved(self, text: str) -> None:
+        """Tell the user of a check that held."""
+        self.checks.append(text)
+        self.say(f"✓ {text}")
+
+    def _attach(self) -> None:
+        model, target = self.base.model, self.config.method.target
+        if names(model):
+            raise UsageError(f"the model carries adapters already: {', '.join(names(model))}", fix="lk.detach(model) first")
+        saved = [*(target.modules_to_save or ()), *self.base.head]
+        torch.manual_seed(self.config.train.seed)
+        fields = {**vars(target), "modules_to_save": list(dict.fromkeys(saved)) or None}
+        attach(model, self.config.method.config, name=ADAPTER, **fields)
+        if self.config.train.checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.say(str(summary(model, ADAPTER)))
+        for notice in self.data.stats.notices:
+            self.say(f"data: {notice}")
+        self.proved(f"every target matched: {sum(1 for _ in adapters(model, ADAPTER))} layers carry an adapter")
+        if self.data.facts.every_row_trained:
+            stats = self.data.stats
+            share = f", {stats.trained_tokens / stats.tokens:.0%} of the tokens" if stats.trained_tokens else ""
+            self.proved(f"every one of {stats.kept} rows has something to train on{share}")
+        if self.data.facts.ends_with_end_token:
+            self.proved(f"each row ends with {self.data.facts.end_token}")
+
+    def _task(self) -> Task:
+        model, tokenizer = self.base.model, self.base.tokenizer
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        if self.config.train.task == "classification":
+            return Classification(model.config.num_labels, pad)
+        packed = enable_packing(model)
+        self.say("rows are packed without padding" if packed else "this model cannot pack rows; they are padded")
+        return LanguageModelling(model.config.get_text_config().vocab_size, pad, packed=packed)
+
+    def _job(self, resumed_from: int) -> Job:
+        config, options = self.config, self.config.train
+        groups = parameter_groups(self.base.model, ADAPTER, config.optim)
+        path = self.directory.path
+        return Job(
+            model=self.base.model,
+            adapter=ADAPTER,
+            task=self._task(),
+            examples=self.data.examples,
+            valid=self.valid.examples if self.valid else [],
+            steps=self.steps,
+            optimizer=OPTIMIZERS[config.optim.name](groups, config.optim),
+            schedule=schedule(config.optim.schedule, self.steps.total, config.optim.warmup),
+            clip=config.optim.clip,
+            seed=options.seed,
+            eval_steps=options.eval_steps,
+            save_steps=options.save_steps,
+            keep_checkpoints=options.keep_checkpoints,
+            patience=config.eval.patience,
+            load_best=config.eval.load_best,
+            directory=path,
+            config_hash=sha256(dump(config).encode()).hexdigest()[:16],
+            identity=self._identity(),
+            metrics=MetricsLog(path / "metrics.jsonl", resumed_from),
+            progress=self.progress,
+            stop=self.stop,
+            sample=self._sampler(SampleLog(path / "samples.jsonl", resumed_from)),
+            first_step=self._prove_saving,
+        )
+
+    def _identity(self) -> dict[str, Any]:
+        base = fingerprint(self.base.path) if self.base.path else None
+        return {"data": self.data.fingerprint, "valid": self.valid.fingerprint if self.valid else None, "base": base}
+
+    def _resume(self, job: Job, path: Path) -> State:
+        tensors, saved = load_checkpoint(path)
+        changed = [k for k, v in job.identity.items() if saved["identity"].get(k) != v]
+        if changed:
+            raise UsageError(
+                f"the run cannot be resumed: its {' and '.join(changed)} changed since it was started",
+                fix="put the old files back, choose another output, or give --overwrite",
+                where=str(path),
+            )
+        state = restore(job, tensors, saved)
+        self.say(f"resumed at step {state.step} of {job.steps.total}" + (f", loss {state.last_loss:.4f}" if state.last_loss else ""))
+        return state
+
+    def _sampler(self, log: SampleLog) -> Callable[[int], None]:
+        prompts = list(self.config.eval.prompts)
+
+        def sample(step: int) -> None:
+            if not prompts:
+                return
+            texts = generate(self.base.model, self.base.tokenizer, prompts, max_tokens=self.config.eval.max_tokens)
+            for prompt, text in zip(prompts, texts, strict=True):
+                log.write({"step": step, "prompt": prompt, "text": text})
+                self.progress.sample(prompt, text)
+
+        return sample
+
+    def _save(self, directory: Path) -> None:
+        name = self.config.model.name
+        base = {"name": name if self.base.path is None or not Path(name).exists() else Path(name).resolve().name}
+        extra = {
+            "base": {**base, "fingerprint": self._identity()["base"]},
+            "task": self.config.train.task,
+            "labels": self.data.labels,
+            "template": self.data.facts.template,
+            "prompt_format": self.data.prompt_format,
+            "max_length": self.data.max_length,
+        }
+        task = PEFT_TASK[str(self.config.train.task)]
+        save_adapter(
+            self.base.model, directory, ADAPTER, base=name, tokenizer=self.base.tokenizer, task_type=task, extra=extra
+        )
+
+    def _prove_saving(self) -> None:
+        """Find errors of saving after the first step, not after the last."""
+        with tempfile.TemporaryDirectory(dir=self.directory.path, prefix=".lorakit-first-step-") as scratch:
+            self._save(Path(scratch) / "adapter")
+            count = len(read_tensors(Path(scratch) / "adapter" / "adapter_model.safetensors"))
+        self.proved(f"a test save after step 1 opens again: {count} tensors")
+
+    def _finish(self) -> None:
+        """Save the adapter and prove that it holds what was trained."""
+        dead = [path for path, _, a in adapters(self.base.model, ADAPTER) for n, role in a.roles().items() if _dead(a, n, role)]
+        self._save(self.directory.adapter)
+        file = self.directory.adapter / "adapter_model.safetensors"
+        count = len(read_tensors(file))
+        if dead:
+            raise CheckError(
+                f"{len(dead)} adapted layers did not learn: {', '.join(dead[:5])}",
+                why="a factor that starts at zero is still zero there, so the adapter changes nothing",
+                fix="train longer, raise optim.lr, or leave these layers out with exclude_modules",
+                where=str(self.directory.adapter),
+            )
+        self.proved("every adapted layer has learned: no factor is still zero")
+        self.proved(f"the adapter opens again: {count} tensors, {file.stat().st_size / 1e6:.1f} MB, {self.directory.adapter}")
+
+
+def _dead(adapter: torch.nn.Module, name: str, role: str) -> bool:
+    return role in ("A", "B") and not bool(adapter.get_parameter(name).count_nonzero())

@@ -1,0 +1,93 @@
+"""What is learned: how rows become a batch, the loss of a batch, and what an evaluation measures.
+
+Losses are sums. The loop divides by the weight (trained tokens, or rows) of the whole optimizer step, so that one batch of
+four rows and four batches of one row are the same step, and padding or packing changes nothing.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data.collate import collate_classification, collate_packed, collate_padded
+from ..data.dataset import IGNORED, Example
+
+
+class Task(Protocol):
+    """How the loop trains on rows without knowing what they are."""
+
+    worst: float
+    """Loss of a uniform guess: a training loss that stays far above it has diverged."""
+
+    def weight(self, example: Example) -> int:
+        """Give what a row counts in the mean: its trained tokens, or 1."""
+        ...
+
+    def loss(self, model: nn.Module, examples: Sequence[Example]) -> tuple[Tensor, int]:
+        """Give the sum of the losses of a micro-batch, and how many rows were right (0 where rows are not right or wrong)."""
+        ...
+
+    def measures(self, loss: float, accuracy: float) -> dict[str, float]:
+        """Name the results of an evaluation."""
+        ...
+
+
+class LanguageModelling:
+    """Next-token prediction on the tokens whose label is not -100 (sft, completion)."""
+
+    def __init__(self, vocabulary: float, pad_id: int, *, packed: bool) -> None:
+        self.worst = float(torch.tensor(vocabulary).log())
+        self.pad_id, self.packed = pad_id, packed
+
+    def weight(self, example: Example) -> int:
+        """Count the trained tokens."""
+        return sum(label != IGNORED for label in example.labels)
+
+    def loss(self, model: nn.Module, examples: Sequence[Example]) -> tuple[Tensor, int]:
+        """Give the summed cross entropy of the trained tokens. Logits are computed for those positions only, if packed."""
+        device = next(model.parameters()).device
+        if self.packed:
+            inputs, lengths = collate_packed(examples)
+            inputs = {key: value.to(device) for key, value in inputs.items()}
+            labels = inputs.pop("labels")[0]
+            before = (labels[1:] != IGNORED).nonzero().flatten()  # positions that predict a trained token
+            logits = model(**inputs, lengths=lengths, logits_to_keep=before, use_cache=False).logits[0]
+            targets = labels[before + 1]
+        else:
+            inputs, _ = collate_padded(examples, self.pad_id)
+            inputs = {key: value.to(device) for key, value in inputs.items()}
+            targets = inputs.pop("labels")[:, 1:]
+            keep = targets != IGNORED
+            logits, targets = model(**inputs, use_cache=False).logits[:, :-1][keep], targets[keep]
+        return F.cross_entropy(logits.float(), targets, reduction="sum"), 0
+
+    def measures(self, loss: float, accuracy: float) -> dict[str, float]:
+        """Give the mean loss of a token."""
+        return {"eval_loss": loss}
+
+
+class Classification:
+    """One label per row."""
+
+    def __init__(self, classes: int, pad_id: int) -> None:
+        self.worst = float(torch.tensor(float(classes)).log())
+        self.pad_id = pad_id
+
+    def weight(self, example: Example) -> int:
+        """Count the row."""
+        return 1
+
+    def loss(self, model: nn.Module, examples: Sequence[Example]) -> tuple[Tensor, int]:
+        """Give the summed cross entropy of the rows' labels."""
+        device = next(model.parameters()).device
+        batch, _ = collate_classification(examples, self.pad_id)
+        inputs: dict[str, Any] = {key: value.to(device) for key, value in batch.items()}
+        labels = inputs.pop("labels")
+        logits = model(**inputs).logits
+        return F.cross_entropy(logits.float(), labels, reduction="sum"), int((logits.argmax(-1) == labels).sum())
+
+    def measures(self, loss: float, accuracy: float) -> dict[str, float]:
+        """Give the mean loss and the share of right rows."""
+        return {"eval_loss": loss, "eval_accuracy": accuracy}

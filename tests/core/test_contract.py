@@ -1,0 +1,196 @@
+"""The law of every method on every kind of layer and storage format. A new file in `methods/` is covered on arrival."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import lorakit as lk
+from lorakit.core.kinds import Kind
+
+
+class Toy(nn.Module):
+    """One layer of each kind, under a head so that gradients have somewhere to go."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.layer(x))
+
+
+KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "linear": (lambda: nn.Linear(12, 20), lambda: torch.randn(3, 5, 12)),
+    "linear_no_bias": (lambda: nn.Linear(12, 20, bias=False), lambda: torch.randn(4, 12)),
+    "conv1d_gpt2": (lambda: Conv1D(20, 12), lambda: torch.randn(3, 5, 12)),
+    "embedding": (lambda: nn.Embedding(30, 16, padding_idx=2), lambda: torch.randint(0, 30, (3, 5))),
+    "conv1d": (lambda: nn.Conv1d(6, 8, 3, stride=2, padding=1), lambda: torch.randn(2, 6, 11)),
+    "conv2d": (lambda: nn.Conv2d(6, 8, (3, 2), padding=1, dilation=2), lambda: torch.randn(2, 6, 9, 8)),
+    "conv2d_reflect": (
+        lambda: nn.Conv2d(6, 8, 3, padding=1, padding_mode="reflect", bias=False),
+        lambda: torch.randn(2, 6, 9, 8),
+    ),
+    "conv3d": (lambda: nn.Conv3d(4, 6, 2, stride=(1, 2, 1)), lambda: torch.randn(2, 4, 5, 6, 4)),
+    "fused": (lambda: nn.Linear(12, 30), lambda: torch.randn(3, 5, 12)),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+TARGETS = {"fused": ["layer.q", "layer.v"]}
+FUSED = {"fused": {"layer": {"q": 10, "k": 10, "v": 10}}}
+
+
+@pytest.fixture(params=sorted(lk.METHODS))
+def method(request: pytest.FixtureRequest) -> lk.Method:
+    return lk.METHODS[request.param]()
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=DTYPES)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return DTYPES[request.param]
+
+
+@pytest.fixture
+def model(kind: str, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    return Toy(KINDS[kind][0]()).to(dtype)
+
+
+@pytest.fixture
+def x(kind: str, dtype: torch.dtype) -> Tensor:
+    torch.manual_seed(1)
+    x = KINDS[kind][1]()
+    return x.to(dtype) if x.is_floating_point() else x
+
+
+def attach(model: nn.Module, method: lk.Method, kind: str, name: str = "default") -> nn.Module:
+    return lk.attach(model, method, target_modules=TARGETS.get(kind, ["layer"]), fused=FUSED.get(kind), name=name)
+
+
+@torch.no_grad()
+def perturb(model: nn.Module, name: str = "default") -> nn.Module:
+    torch.manual_seed(2)
+    for _, _, adapter in lk.adapters(model, name):
+        for p in adapter.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    tolerance = {torch.bfloat16: 3e-2, torch.float32: 2e-5, torch.float64: 1e-12}[a.dtype]
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_attaching_changes_no_bit(model: nn.Module, method: lk.Method, kind: str, x: Tensor) -> None:
+    before = model(x)
+    assert torch.equal(attach(model, method, kind)(x), before)
+
+
+def test_forward_is_the_layer_with_the_merged_weight(
+    model: nn.Module, method: lk.Method, kind: str, x: Tensor, dtype: torch.dtype
+) -> None:
+    """Against a plain copy of the layer with the merged weight put in: an implementation that knows no adapters."""
+    plain = copy.deepcopy(model)
+    perturb(attach(model, method, kind))
+    ((_, layer, adapter),) = lk.adapters(model)
+    wide = layer.matrix().to(torch.promote_types(dtype, torch.float32))
+    merged = adapter.merge(wide)
+    assert (merged - wide).norm() > 0.01 * wide.norm(), "the perturbed adapter must do something"
+    reference = plain.layer.to(merged.dtype)
+    with torch.no_grad():
+        reference.weight.copy_(as_stored(reference, merged))
+    expected = reference(x.to(merged.dtype) if x.is_floating_point() else x)
+    close(layer(x), expected.to(dtype))
+
+
+def as_stored(layer: nn.Module, matrix: Tensor) -> Tensor:
+    transposed = isinstance(layer, Conv1D | nn.Embedding)
+    return matrix.T if transposed else matrix.reshape(layer.weight.shape)
+
+
+def test_only_the_adapter_learns(model: nn.Module, method: lk.Method, kind: str, x: Tensor) -> None:
+    perturb(attach(model, method, kind))(x).float().square().sum().backward()
+    learned = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    ((path, _, adapter),) = lk.adapters(model)
+    wanted = {f"{path}.adapters.default.{n}" for n, role in adapter.roles().items() if role != "frozen"}
+    assert learned == wanted == {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_base_keys_and_class_do_not_change(model: nn.Module, method: lk.Method, kind: str) -> None:
+    before, cls = set(model.state_dict()), type(model.layer)
+    assert before <= set(attach(model, method, kind).state_dict())
+    assert isinstance(model.layer, cls)
+    lk.detach(model)
+    assert set(model.state_dict()) == before
+    assert type(model.layer) is cls
+
+
+def test_merge_is_the_forward_and_unmerge_is_exact(
+    model: nn.Module, method: lk.Method, kind: str, x: Tensor, dtype: torch.dtype
+) -> None:
+    weight = model.layer.weight.detach().clone()
+    y = perturb(attach(model, method, kind))(x)
+    for _ in range(3):
+        close(lk.merge(model)(x), y)
+        assert type(model.layer.weight) is nn.Parameter
+        assert not torch.equal(model.layer.weight, weight)
+        lk.unmerge(model)
+        assert torch.equal(model.layer.weight, weight)
+        assert torch.equal(model(x), y)
+
+
+def test_one_graph_and_none_anew_when_tensors_change(model: nn.Module, method: lk.Method, kind: str, x: Tensor) -> None:
+    perturb(attach(model, method, kind))
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    compiled(x)
+    first = counter.frame_count  # 2 in fp64, where dynamo tries the 0-d scale as a Python number first
+    for _ in range(2):
+        close(compiled(x), model(x))
+        perturb(model)
+        for _, _, adapter in lk.adapters(model):
+            for name, buffer in adapter.named_buffers():
+                if name.endswith("scale"):
+                    buffer.mul_(1.5)
+    assert counter.frame_count == first
+
+
+def test_two_adapters_are_two_models(model: nn.Module, method: lk.Method, kind: str, x: Tensor) -> None:
+    base = model(x)
+    perturb(attach(model, method, kind, "one"), "one")
+    one = model(x)
+    attach(model, method, kind, "two")
+    assert torch.equal(model(x), base), "a fresh adapter is the base"
+    with torch.no_grad():
+        for _, _, adapter in lk.adapters(model, "two"):
+            for p in adapter.parameters():
+                p.add_(0.2)
+    two = model(x)
+    assert not torch.equal(one, two)
+    close(lk.use(model, "one")(x), one)  # not equal: a convolution without gradients may take another kernel
+    one = model(x)
+    with lk.disabled(model):
+        assert torch.equal(model(x), base)
+    assert torch.equal(model(x), one)
+    assert torch.equal(lk.use(model, None)(x), base)
+    lk.detach(model, "one")
+    assert lk.names(model) == ["two"]
+    assert torch.equal(lk.use(model, "two")(x), two)
+
+
+def test_kinds_agree_with_their_layer(model: nn.Module, kind: str, x: Tensor) -> None:
+    """project(x, matrix) plus the bias is the layer, and stored(matrix) is its weight."""
+    lk.attach(model, lk.LoRA(r=2), target_modules=["layer"])
+    layer: Kind = model.layer
+    close(layer.plus_bias(layer.project(x, layer.matrix())), layer.frozen(x))
+    assert torch.equal(layer.stored(layer.matrix()), layer.weight)
+    assert layer.matrix().shape == layer.shape()[:2]
