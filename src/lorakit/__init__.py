@@ -1,18 +1,23 @@
 """lorakit: train, understand and ship low-rank adapters.
 
-Importing this imports torch and nothing heavier; `train` and the file functions import what they need when they are called.
+Importing this imports nothing: each name brings its module (torch and nothing heavier, for most) when it is first used,
+so that `lorakit --help` does not wait for torch.
 """
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from .core.adapter import AbstractAdapter, AdditiveAdapter, Method
-from .core.attach import active, adapters, attach, detach, disabled, names, trainable, use
-from .core.errors import LorakitError
-from .core.merge import merge, unmerge
-from .core.registry import INITS, METHODS
-from .core.summary import summary
-from .core.target import Target
-from .methods.lora import LoRA
+if TYPE_CHECKING:
+    from .core.adapter import AbstractAdapter, AdditiveAdapter, Method
+    from .core.attach import active, adapters, attach, detach, disabled, names, trainable, use
+    from .core.errors import LorakitError
+    from .core.merge import merge, unmerge
+    from .core.registry import INITS, METHODS
+    from .core.summary import summary
+    from .core.target import Target
+    from .interop.adapter_directory import load, save
+    from .methods.lora import LoRA
+    from .train.run import train
 
 __version__ = "0.1.0"
 
@@ -41,14 +46,28 @@ __all__ = [
     "use",
 ]
 
+_MODULES = {
+    "core.adapter": ("AbstractAdapter", "AdditiveAdapter", "Method"),
+    "core.attach": ("active", "adapters", "attach", "detach", "disabled", "names", "trainable", "use"),
+    "core.errors": ("LorakitError",),
+    "core.merge": ("merge", "unmerge"),
+    "core.registry": ("INITS", "METHODS"),
+    "core.summary": ("summary",),
+    "core.target": ("Target",),
+    "interop.adapter_directory": ("load", "save"),
+    "methods.lora": ("LoRA",),
+    "train.run": ("train",),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
 
 def __getattr__(name: str) -> Any:
-    if name in ("save", "load"):
-        from .interop import adapter_directory
+    if name not in _HOME:
+        raise AttributeError(f"module 'lorakit' has no attribute {name!r}")
+    value = vars(importlib.import_module(f".{_HOME[name]}", __name__))[name]
+    globals()[name] = value
+    return value
 
-        return vars(adapter_directory)[name]
-    if name == "train":
-        from .train.run import train
 
-        return train
-    raise AttributeError(f"module 'lorakit' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -79,7 +79,7 @@ def test_the_live_line(ticking: list[float], monkeypatch: pytest.MonkeyPatch) ->
             ticking[0] += 1.0
             progress.step(record(step, loss=2.0 - step / 13.2))
     assert screen(stream.getvalue(), 120) == [
-        "step 26/51 ▕██████      ▏ 51% · loss 0.0303 █▇▇▆▅▅▄▃▂▂▁▁ · 233 tok/s · 1.1 GB · ETA 0:00:25",
+        "step 26/51 ▕██████      ▏ 51% · loss 0.0303 █▇▇▆▅▅▄▄▃▂▂▁ · 233 tok/s · 1.1 GB · ETA 0:00:25",
         "",
     ]
 
@@ -181,12 +181,15 @@ def test_a_clock_that_jumps(ticking: list[float]) -> None:
 
 def test_a_reader_that_goes_away_does_not_stop_the_run() -> None:
     reader, writer = os.pipe()
-    with os.fdopen(writer, "w") as stream, Progress(5, stream, seconds=0) as progress:
+    stream = os.fdopen(writer, "w")
+    with Progress(5, stream, seconds=0) as progress:
         progress.step(record(1))
         os.close(reader)
         for step in range(2, 6):
             progress.step(record(step))
             progress.message("still here")
+    with pytest.raises(BrokenPipeError):
+        stream.close()
     closed = io.StringIO()
     closed.close()
     with Progress(5, closed) as progress:
@@ -218,6 +221,7 @@ def test_sparkline_values() -> None:
     assert sparkline([1.0, float("nan"), 2.0]) == "▁ █"
     assert sparkline([float("nan"), float("inf")]) == "  "
     assert sparkline([3.0, 3.0, 3.0]) == "▁▁▁"
+    assert sparkline([-1.7e308, 1.7e308, 5e-324]) == "▁█▅"
 
 
 @given(st.lists(st.floats(), max_size=60), st.integers(1, 20))

@@ -28,7 +28,10 @@ def chat(
     base: str = BASE,
     dtype: str = DTYPE,
 ) -> None:
-    """Talk with an adapter; /base, /adapter and /compare switch while you talk."""
+    """Talk with an adapter.
+
+    /base, /adapter and /compare switch while you talk; /reset forgets, /quit ends.
+    """
     from .opened import open_model
 
     opened = open_model(adapter, base=base, dtype=dtype)

@@ -10,7 +10,7 @@ from ..core.errors import UsageError
 from .output import json_result, notices, result, style, styled, table
 from .rows import source, tokenised
 
-app = typer.Typer(help="Look at training data: preview, stats, split.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="Look at data: preview, stats, split.", no_args_is_help=True, rich_markup_mode=None)
 
 PATH = typer.Argument(..., metavar="PATH", help="Data file or directory, or a configuration file.", show_default=False)
 MODEL = typer.Option(None, "--model", help="Whose tokenizer to use; a built-in one that suits when absent.")
@@ -30,7 +30,10 @@ def preview(
     max_length: int = LENGTH,
     json: bool = JSON,
 ) -> None:
-    """Show rows as the model gets them: what is trained is green, or stands in [[ ]] where there is no colour."""
+    """Show rows as the model gets them.
+
+    What is trained is green, or stands in [[ ]] where there is no colour.
+    """
     from ..data import preview as segments
     from ..data import to_plain
 
@@ -63,7 +66,10 @@ def stats(
     max_length: int = LENGTH,
     json: bool = JSON,
 ) -> None:
-    """Count rows, tokens and trained tokens, and list what was cut, dropped or looks odd."""
+    """Count rows and tokens.
+
+    Also lists what was cut, dropped or looks odd.
+    """
     from dataclasses import asdict
 
     where = source(path, model, task, format, max_length)
@@ -91,7 +97,10 @@ def split(
     valid: float = typer.Option(0.1, "--valid", help="Fraction of the rows for validation."),
     seed: int = typer.Option(0, "--seed", help="Another seed draws other rows."),
 ) -> None:
-    """Write train.jsonl and valid.jsonl; equal rows stay on one side."""
+    """Split rows into train.jsonl and valid.jsonl.
+
+    Equal rows stay on one side.
+    """
     from ..core.files import atomic_directory
     from ..data import hold_out, read
 

@@ -23,7 +23,10 @@ EXTRAS = {
 
 
 def doctor(json: bool = typer.Option(False, "--json", help="Print the findings as JSON.")) -> None:
-    """Show versions, processor, memory, number formats, built-in models and extras."""
+    """Show what this installation can do.
+
+    Versions, processor, memory, number formats, built-in models, and what each missing extra would add.
+    """
     found = findings()
     if json:
         json_result(found)

@@ -24,7 +24,10 @@ def show(error: BaseException, *, debug: bool) -> None:
         return
     if debug or os.environ.get("LORAKIT_DEBUG", "0") not in ("", "0"):
         traceback.print_exception(error)
-    sys.stderr.write(f"{style('error:', 'red', sys.stderr)} {message(error)}\n")
+    if type(error).__name__ == "NoArgsIsHelpError":  # typer's: the message is the help text
+        sys.stderr.write(f"{error}\n")
+    else:
+        sys.stderr.write(f"{style('error:', 'red', sys.stderr)} {message(error)}\n")
 
 
 def message(error: BaseException) -> str:

@@ -25,7 +25,10 @@ def evaluate(
     dtype: str = DTYPE,
     json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
-    """Measure an adapter (or a base model) on data."""
+    """Measure an adapter on data.
+
+    Loss, perplexity or accuracy, and with --exact-match how many answers are right, beside those of the base model.
+    """
     from ..core.attach import disabled
     from ..data import read, splits
     from .opened import open_model

@@ -29,7 +29,7 @@ def generate(
     dtype: str = DTYPE,
     json: bool = typer.Option(False, "--json", help="Print a list of {prompt, text}."),
 ) -> None:
-    """Answer prompts with an adapter (or a base model)."""
+    """Answer prompts."""
     prompts = list(prompt or [])
     if not prompts and not sys.stdin.isatty():
         prompts = [text] if (text := sys.stdin.read().strip()) else []

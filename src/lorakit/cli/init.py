@@ -10,6 +10,7 @@ from .rows import Source, default_model, tokenised
 
 # Rows up to which so many passes over the data are suggested: small sets need several, large ones learn in one.
 EPOCHS = ((2_000, 3), (20_000, 2))
+STEP = 64  # max_length is rounded up to a multiple: a later row may be a little longer
 
 
 def init(
@@ -43,6 +44,7 @@ def configuration(data: str, model: str) -> tuple[str, list[str]]:
     stats = dataset.stats
     epochs = next((count for rows, count in EPOCHS if len(dataset) <= rows), 1)
     own = "valid" in splits(data)
+    max_length = -(-dataset.max_length // STEP) * STEP
     r = section_keys("method")["r"].default
     lr = SECTIONS["optim"].lr
     lines = [
@@ -63,7 +65,7 @@ def configuration(data: str, model: str) -> tuple[str, list[str]]:
         (f"  epochs: {epochs}", f"passes over {stats.tokens:,} tokens"),
         (f"  batch_size: {TrainOptions.batch_size}", "rows per step"),
         (
-            f"  max_length: {dataset.max_length}",
+            f"  max_length: {max_length}",
             f"tokens; longest row {stats.length_max}, 99 % at most {stats.length_p99}",
         ),
         (f"output: {flow(default_output(data))}", "directory of the run"),

@@ -16,7 +16,10 @@ def inspect(
     adapter: str = typer.Argument(..., metavar="ADAPTER", help="Adapter or run directory.", show_default=False),
     json: bool = typer.Option(False, "--json", help="Print everything as JSON."),
 ) -> None:
-    """Show an adapter's method, rank, targets, size, and the norms of its tensors."""
+    """Show what an adapter holds.
+
+    Method, rank, targets, size and the norms of its tensors; no base model is loaded.
+    """
     from .opened import require_adapter
 
     found = describe(require_adapter(adapter))

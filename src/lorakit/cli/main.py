@@ -3,11 +3,13 @@
 Results go to stdout, progress and logs to stderr. The exit codes are listed in `--help`.
 """
 
+import io
 import sys
 from collections.abc import Sequence
 
 import typer
 
+from .. import __version__
 from . import chat, data, doctor, evaluate, generate, init, inspect, merge, plan, quickstart, report, schema, train
 from .errors import exit_code, show
 from .output import set_verbosity
@@ -65,8 +67,17 @@ def dashes(token: str) -> str:
     return token.replace("_", "-")
 
 
+def show_version(wanted: bool) -> None:
+    """Print the version and stop, if that is wanted."""
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
 def common(
-    version: bool = typer.Option(False, "--version", help="Show the version and stop.", is_eager=True),
+    version: bool = typer.Option(
+        False, "--version", help="Show the version and stop.", is_eager=True, callback=show_version
+    ),
     quiet: bool = typer.Option(False, "--quiet", "-q", help="No progress and no notes, only results and errors."),
     verbose: bool = typer.Option(False, "--verbose", "-v", help="Say more on stderr."),
     debug: bool = typer.Option(False, "--debug", help="Show tracebacks of errors (also LORAKIT_DEBUG=1)."),
@@ -75,11 +86,6 @@ def common(
 
     First steps: `lorakit quickstart`, then `lorakit init my.jsonl`.
     """
-    if version:
-        from .. import __version__
-
-        typer.echo(__version__)
-        raise typer.Exit
     set_verbosity(quiet=quiet, verbose=verbose)
 
 
@@ -90,6 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command line and give its exit code; what went wrong has then been said on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without Unicode gets ? instead of an error
+            stream.reconfigure(errors="replace")
     moved = [a for a in arguments if a in GLOBAL_FLAGS]
     arguments = [*moved, *(a for a in arguments if a not in GLOBAL_FLAGS)]
     try:

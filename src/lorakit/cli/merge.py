@@ -19,7 +19,10 @@ def merge(
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace the directory if it exists."),
     json: bool = typer.Option(False, "--json", help="Print the check as JSON."),
 ) -> None:
-    """Fold an adapter into its base model: float32 arithmetic, one rounding, and a parity check on three prompts."""
+    """Fold an adapter into its base model.
+
+    Float32 arithmetic, one rounding at the end, and a parity check on three prompts before anything is written.
+    """
     if output.exists() and not overwrite:
         raise UsageError(f"{output} exists", fix="choose another directory, or give --overwrite")
     if dtype not in (None, "float32", "bfloat16"):

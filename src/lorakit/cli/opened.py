@@ -17,7 +17,7 @@ ADAPTER = "default"
 
 @dataclass(frozen=True)
 class Opened:
-    """A model in eval mode. `path` is the base model's directory, `adapter` that of the active adapter, None for a bare base model."""
+    """A model in eval mode: `path` is the base model's directory, `adapter` the active adapter's, None without one."""
 
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"

@@ -74,16 +74,14 @@ def style(text: str, color: str, stream: TextIO) -> str:
 
 
 def table(rows: Sequence[Sequence[object]]) -> str:
-    """Give rows as columns; numbers stand at the right."""
-    cells = [[_cell(value) for value in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for row, texts in zip(rows, cells, strict=True):
-        padded = [
-            t.rjust(w) if isinstance(v, int | float) else t.ljust(w) for v, t, w in zip(row, texts, widths, strict=True)
-        ]
-        lines.append("  ".join(padded).rstrip())
-    return "\n".join(lines)
+    """Give rows as columns; a column of numbers (below its heading) is flush right."""
+    columns = []
+    for values in zip(*rows, strict=True):
+        texts = [_cell(value) for value in values]
+        width = max(map(len, texts))
+        numbers = len(values) > 1 and all(isinstance(value, int | float) for value in values[1:])
+        columns.append([text.rjust(width) if numbers else text.ljust(width) for text in texts])
+    return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
 
 
 def _cell(value: object) -> str:

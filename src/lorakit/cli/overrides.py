@@ -5,11 +5,16 @@ same `key=value` texts that stand without dashes, and mean what the file would m
 """
 
 import difflib
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from textwrap import wrap
+from typing import TYPE_CHECKING
 
 from ..core.errors import UsageError
-from .output import table
+
+if TYPE_CHECKING:
+    from ..train.config_schema import Key
 
 SHORT = {"-o": "output", "-c": "config"}
 
@@ -52,17 +57,29 @@ def help_text() -> str:
     for section in ("model", "data", "method", "optim", "train", "eval"):
         rows.append((f"{section}:", ""))
         for key in section_keys(section).values():
-            rows.append((f"  --{section}.{key.name.replace('_', '-')}", key.help + _default(key.default)))
-    intro = "Configuration keys, as flags or as key=value; the section may be left out where the key is not ambiguous:"
-    return f"{intro}\n\n{table(rows)}"
+            rows.append((f"  --{section}.{key.name.replace('_', '-')}", _about(key, f"{section}.{key.name}")))
+    width = max(len(flag) for flag, _ in rows) + 2
+    lines = [wrap(f"{flag.ljust(width)}{text}", columns(), subsequent_indent=" " * width) for flag, text in rows]
+    intro = "Configuration keys, as flags or as key=value; the section may be left out where only one has the key:"
+    return "\n".join([intro, "", *("\n".join(line) for line in lines)])
 
 
-def _default(value: object) -> str:
+def columns() -> int:
+    """Give the width of help texts."""
+    return min(shutil.get_terminal_size().columns, 120)
+
+
+def _about(key: "Key", dotted: str) -> str:
+    """Describe a key: its line, the names it takes, its default."""
     from dataclasses import MISSING
 
+    from ..core.registry import METHODS
     from ..train.config_file import flow
+    from ..train.config_schema import choices
 
-    return "" if value in (MISSING, None, "", ()) else f" [{flow(value)}]"
+    names = sorted(METHODS) if dotted == "method.name" else choices(key.hint)
+    listed = f" ({', '.join(map(str, names))})" if names else ""
+    return key.help + listed + ("" if key.default in (MISSING, None, "", ()) else f" [{flow(key.default)}]")
 
 
 def _config_file(path: Path) -> Path:

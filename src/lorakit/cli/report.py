@@ -12,7 +12,10 @@ def report(
     runs: list[Path] = typer.Argument(..., metavar="RUN...", help="Run directories.", show_default=False),
     output: Path = typer.Option(None, "--output", "-o", help="File to write; RUN/report.html when absent."),
 ) -> None:
-    """Write an HTML report: loss curves, settings, samples; several runs side by side."""
+    """Write an HTML report about runs.
+
+    Loss curves, settings and samples; several runs side by side. The page needs no network.
+    """
     for run in runs:
         if not (run / "metrics.jsonl").exists():
             raise FileError(

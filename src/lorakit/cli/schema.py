@@ -4,7 +4,10 @@ from .output import json_result
 
 
 def schema() -> None:
-    """Print the JSON Schema of configuration files (editors complete and check YAML with it)."""
+    """Print the JSON Schema of configurations.
+
+    Editors complete and check YAML with it.
+    """
     from ..train.config_schema import schema as json_schema
 
     json_result(json_schema())

@@ -48,7 +48,7 @@ def train(
     if resume and not any((directory / "checkpoints").glob("step-*")):
         raise UsageError(f"--resume: {directory} holds no unfinished run with a checkpoint", fix="leave --resume out")
     note(f"training in {directory} ({threads} threads)")
-    from ..train.run import train as run
+    from ..train.run import run
 
     done = run(config, overwrite=overwrite)
     show_result(done, json=json)
@@ -64,6 +64,4 @@ def show_result(done: Any, *, json: bool) -> None:
     rows += [(key.replace("_", " "), f"{value:.4f}") for key, value in done.evaluation.items()]
     rows += [("time", f"{done.seconds:.0f} s"), ("parameters", str(done.summary))]
     result(table(rows))
-    for check in done.checks:
-        result(f"✓ {check}")
     note(f"next: lorakit chat {done.adapter} --compare · lorakit report {done.directory}")

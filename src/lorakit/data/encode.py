@@ -55,12 +55,12 @@ def encode(
     records, bad = parse_rows(table, fmt)
     task = _check_task(task or fmt.task, fmt, records)
     total = len(table) + len(left_out)
-    if not records:
+    if bad and not (skip_bad_rows and records):
         raise refuse(bad, total)
     draft = _draft(records, fmt, task, tokenizer, labels, notices)
     bad += draft.bad
-    if bad and not (skip_bad_rows and len(draft.examples)):
-        raise refuse(bad, total)
+    if draft.bad and not (skip_bad_rows and len(draft.examples)):
+        raise refuse(draft.bad, total)
     limit = choose_max_length(draft.examples.lengths, max_length, model_limit, tokenizer.model_max_length)
     fitted = draft.fit(limit)
     if not len(fitted.examples):

@@ -31,7 +31,7 @@ def hold_out(rows: Rows | Sequence[Row], fraction: float, seed: int = 0) -> tupl
     """Split rows into training and validation by the hash of their content and the seed, each in file order.
 
     Equal rows stay on one side, so none is in both; apart from them the validation part is `fraction` of the rows, at
-    least one. Rows added later move no other row far: a row's place in the draw depends on itself alone.
+    least one. The order of the rows plays no part.
     """
     if not 0 < fraction < 1:
         raise UsageError(f"data.valid: {fraction} is no fraction", fix="give a number between 0 and 1, or a path")

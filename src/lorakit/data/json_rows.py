@@ -12,6 +12,7 @@ from .textfile import lines, whole
 
 DEPTH_LIMIT = 200  # values inside each other
 
+_SPACE = re.compile(r"[ \t\r\n]*")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
 
@@ -126,9 +127,8 @@ def _row(value: Any) -> dict[str, Any]:
 
 
 def _skip_space(text: str, at: int) -> int:
-    while at < len(text) and text[at] in " \t\r\n":
-        at += 1
-    return at
+    space = _SPACE.match(text, at)
+    return space.end() if space else at
 
 
 def _end(path: Path, text: str, at: int, error: RowError) -> int:

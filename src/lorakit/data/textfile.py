@@ -13,12 +13,13 @@ from .rows import BadRow, RowError
 
 LINE_LIMIT = 16 * 2**20  # bytes of one line
 WHOLE_LIMIT = 2**30  # bytes of a file that is held in memory
-GZIP_FREE, GZIP_RATIO = 64 * 2**20, 200  # a gzip may unfold to the larger of 64 MiB and 200 times its size
+BLANK_LIMIT = 10**6  # blank lines in a row
+GZIP_FREE, GZIP_RATIO = 16 * 2**20, 100  # a gzip may unfold to the larger of 16 MiB and 100 times its size
 
 
 def lines(path: Path, bad: list[BadRow]) -> Iterator[tuple[int, str]]:
     """Give (number, line) from 1, line ends kept; a line that is not UTF-8 goes into `bad`. Raises DataError."""
-    number, total, limit = 0, 0, _size_limit(path)
+    number, total, blank, limit = 0, 0, 0, _size_limit(path)
     with _open(path) as stream:
         while True:
             number += 1
@@ -29,6 +30,9 @@ def lines(path: Path, bad: list[BadRow]) -> Iterator[tuple[int, str]]:
             if len(line) > LINE_LIMIT:
                 raise DataError(f"{path}:{number}  line longer than {LINE_LIMIT >> 20} MiB", fix="one row a line")
             _check_size(path, total, limit)
+            blank = blank + 1 if line.isspace() else 0
+            if blank > BLANK_LIMIT:
+                raise DataError(f"{path}:{number}  more than {BLANK_LIMIT} blank lines", fix="remove them")
             if number == 1:
                 line = _without_mark(path, line)
             try:

@@ -2,7 +2,9 @@ r"""Rendered text to token ids and a mask of the trained ones, so that training 
 
 The law: for every trained answer, the ids in front of it are those of the prompt tokenised by itself, since that is
 what the model is given at generation. Tokenising the whole text at once can break it: by GPT-2's rules "\n\n" is one
-token at the end of a prompt and two in front of a word. So a text is cut where training begins and ends.
+token at the end of a prompt and two in front of a word. So a text is cut where training begins and ends, if it must be.
+(Answers before that one in the same row are then cut as well, which the prompt by itself would not be: those rows are
+counted.)
 
 A special token is a hard split in every tokenizer: the text on its two sides is tokenised independently. So only the
 piece from the last special token in front of a cut is looked at; all pieces of many rows are tokenised in one batch.
@@ -64,7 +66,6 @@ class Codec:
         self.control_pattern = any_of(self.control)
         self._special = re.compile(f"{START}[^{END}]*{END}|({any_of(self.special).pattern})")
         self._marked = re.compile(f"{START}({self.control_pattern.pattern}){END}")
-        self._marked_special = re.compile(f"{START}({any_of(self.special).pattern}){END}")
         self._marked_extra = re.compile(f"{START}({any_of(self.control - self.special).pattern}){END}")
         self._newline = self.encode(["\n"])[0]
         self._spaces_text = self.encode(["a"]) != [self.encode(["\na"])[0][len(self._newline) :]]
@@ -104,7 +105,9 @@ class Codec:
         return self._marked.sub(r"\1", text)
 
     def _ids_of(self, tokens: Iterable[str]) -> frozenset[int]:
-        return frozenset(i for i in map(self.tokenizer.convert_tokens_to_ids, tokens) if isinstance(i, int))
+        """Give the ids of control tokens; the one for unknown text is harmless and left out."""
+        ids = {i for i in map(self.tokenizer.convert_tokens_to_ids, tokens) if isinstance(i, int)}
+        return frozenset(ids - {self.tokenizer.unk_token_id})
 
     def _pieces(self, row: Rendered) -> list[_Piece]:
         """Cut a row in front of the last special token that ends at or before each edge of a trained span."""
@@ -152,13 +155,21 @@ class Codec:
         for start, end in [*self.special_spans(text), (len(text), len(text))]:
             stretch = text[at:start].lstrip() if before is not None and before.rstrip else text[at:start]
             spaced = not inside if before is None else self._spaces_after_special
-            for i, part in enumerate(self._marked_extra.split(stretch)):  # the odd ones are what was marked
-                ids += self._spell(part) if i % 2 else self._as_text(self._marked_special.sub(r"\1", part), spaced)
-                spaced = False
+            ids += self._stretch(stretch, spaced)
             if start < end:
                 before = self._added[text[start:end]]
                 ids += self.encode([before.content])[0]
             at = end
+        return ids
+
+    def _stretch(self, text: str, spaced: bool) -> list[int]:
+        """Tokenise text without special tokens but with marks, at once or, if control tokens come of it, mark by mark."""
+        for marks in (self._marked_extra, self._marked):
+            ids: list[int] = []
+            for i, part in enumerate(marks.split(text)):  # the odd ones are what was marked
+                ids += self._spell(part) if i % 2 else self._as_text(self.unmark(part), spaced and i == 0)
+            if not self.special_ids & set(ids):
+                break
         return ids
 
     def _as_text(self, text: str, spaced: bool) -> list[int]:
@@ -200,11 +211,8 @@ class Codec:
     def _find_bos(self) -> int | None:
         """Give the BOS id if the tokenizer by itself puts it in front of a text."""
         bos = self.tokenizer.bos_token_id
-        return (
-            bos
-            if bos is not None and self.tokenizer("a", return_attention_mask=False)["input_ids"][:1] == [bos]
-            else None
-        )
+        first = self.tokenizer("a")["input_ids"][0]
+        return bos if bos is not None and first == bos else None
 
 
 def any_of(texts: Collection[str]) -> re.Pattern[str]:

@@ -24,7 +24,7 @@ _PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endo
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A loaded base. `head_modules` are the paths of freshly initialised modules, which must be trained and saved in full."""
+    """A loaded base. `head_modules` are the paths of modules that the files do not hold, to be trained and saved in full."""
 
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
@@ -51,14 +51,14 @@ def load(
     path = resolve(name)
     place = pick_device(device)
     with quiet_transformers():
-        config = _config(path)
-        if task == "classification":
-            _set_labels(config, labels, path)
-        model, head = _model(path, config, task, pick_dtype(dtype, place, task, config), seed)
+        config = read_config(path)
+        head_fits = task == "causal" or set_labels(config, labels, path)
+        model, fresh = _model(path, config, task, pick_dtype(dtype, place, task, config), seed)
         tokenizer = _tokenizer(path, config)
     check_finite(model)
     _check_vocabulary(model, tokenizer, path)
     _set_padding(model, tokenizer)
+    head = _head_modules(model, fresh, head_fits)
     return Loaded(model.to(place).eval(), tokenizer, head, str(name), path)
 
 
@@ -111,7 +111,8 @@ def _finite(weight: torch.Tensor) -> bool:
     return weight.numel() == 0 or all(bool(extreme.isfinite()) for extreme in torch.aminmax(weight.detach()))
 
 
-def _config(path: Path) -> "PretrainedConfig":
+def read_config(path: Path) -> "PretrainedConfig":
+    """The configuration in `path`, without the keys that name code to run. FileError when it is damaged or unknown."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     content = _without_code(read_json(path / "config.json"))
@@ -141,31 +142,44 @@ def _is_encoder(config: "PretrainedConfig") -> bool:
     return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
-def _set_labels(config: "PretrainedConfig", labels: list[str] | None, path: Path) -> None:
-    """Write the class names into the config. A trained head keeps its order of classes, so the same names must come in it."""
-    trained = bool(read_json(path / "config.json").get("id2label"))
-    own = [config.id2label[i] for i in range(config.num_labels)]
+def set_labels(config: "PretrainedConfig", labels: list[str] | None, path: Path) -> bool:
+    """Write the class names into the config and say whether a head trained for just these classes is there.
+
+    UsageError if none are given or known, or if they are the head's own in another order.
+    """
+    own = read_json(path / "config.json").get("id2label")
+    names = [config.id2label[i] for i in range(config.num_labels)] if own else []
     if labels is None:
-        if not trained:
+        if not names:
             raise UsageError("a model without a classification head needs labels", where=str(path))
-        return
+        return True
     if len(set(labels)) != len(labels) or len(labels) < 2:
         raise UsageError("labels must be two or more different names", why=f"got {labels}")
-    if trained and set(own) == set(labels) and own != labels:
-        raise UsageError("the labels are not in the order of the model's head", why=f"the head has {own}", fix="give them in that order")
+    if set(names) == set(labels) and names != labels:
+        raise UsageError(
+            "the labels are not in the order of the model's head", why=f"it has {names}", fix="give them in that order"
+        )
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: i for i, label in enumerate(labels)}
+    return names == labels
+
+
+def auto_class(config: "PretrainedConfig", task: Task) -> Any:
+    """The class of transformers that builds the model for a task."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+
+    if task == "classification":
+        return AutoModelForSequenceClassification
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def _model(
     path: Path, config: "PretrainedConfig", task: Task, dtype: torch.dtype, seed: int
-) -> tuple["PreTrainedModel", list[str]]:
+) -> tuple["PreTrainedModel", set[str]]:
+    """The model, and its parameters that were not in the files: at most the head or the pooler of a classifier."""
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
-    classify = task == "classification"
-    generator = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    auto = AutoModelForSequenceClassification if classify else generator
+    auto, classify = auto_class(config, task), task == "classification"
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # a missing head is the only thing drawn at random
@@ -182,11 +196,6 @@ def _model(
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
         raise FileError(f"cannot load the model as {auto.__name__[9:]}", why=_first_line(error), where=str(path)) from error
     fresh = {entry if isinstance(entry, str) else entry[0] for entry in (*info["missing_keys"], *info["mismatched_keys"])}
-    return model, _head_modules(model, fresh, classify, path)
-
-
-def _head_modules(model: "PreTrainedModel", fresh: set[str], classify: bool, path: Path) -> list[str]:
-    """The modules owning the freshly initialised parameters: a head or a pooler of a classifier. Anything else is damage."""
     body = model.base_model_prefix + "."
     damaged = sorted(key for key in fresh if not classify or (key.startswith(body) and ".pooler." not in key))
     if damaged:
@@ -196,7 +205,14 @@ def _head_modules(model: "PreTrainedModel", fresh: set[str], classify: bool, pat
             fix="the files and config.json do not belong together, or this is not a model for the task",
             where=str(path),
         )
-    return sorted({key.rpartition(".")[0] for key in fresh})
+    return model, fresh
+
+
+def _head_modules(model: "PreTrainedModel", fresh: set[str], head_fits: bool) -> list[str]:
+    """The modules whose parameters have to be trained in full: the new ones, and a head made for other classes."""
+    body = model.base_model_prefix + "."
+    foreign = set() if head_fits else {name for name, _ in model.named_parameters() if not name.startswith(body)}
+    return sorted({name.rpartition(".")[0] for name in fresh | foreign})
 
 
 def _tokenizer(path: Path, config: "PretrainedConfig") -> "PreTrainedTokenizerBase":

@@ -138,9 +138,8 @@ def _patterns(mask: Mask, lengths: list[int]) -> list[Pattern]:
 def _document(
     q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, dropout: float, scaling: float | None, softcap: float | None
 ) -> Tensor:
-    short = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= _SHORT
-    if short or softcap is not None:
-        return _explicit(q, k, v, pattern, dropout, scaling, softcap)
+    if softcap is not None or prefers_explicit(q, q.device):
+        return explicit_attention(q, k, v, pattern, dropout, scaling, softcap)
     return F.scaled_dot_product_attention(
         q,
         k,
@@ -153,7 +152,12 @@ def _document(
     )
 
 
-def _explicit(
+def prefers_explicit(q: Tensor, device: torch.device) -> bool:
+    """Whether explicit scores beat SDPA for the documents of queries like `q` (B, H, T, D) on a device."""
+    return device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= _SHORT
+
+
+def explicit_attention(
     q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, dropout: float, scaling: float | None, softcap: float | None
 ) -> Tensor:
     """softmax(c tanh(q k^T s / c) + mask) v with the scores in memory; without a cap c the tanh is left out.
@@ -230,7 +234,7 @@ def _ordinary(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
     causal = mask is None and query.shape[2] > 1 and (module.is_causal if is_causal is None else is_causal)
-    out = _explicit(query, key, value, Pattern(causal, mask), dropout, scaling, softcap)
+    out = explicit_attention(query, key, value, Pattern(causal, mask), dropout, scaling, softcap)
     return out.transpose(1, 2).contiguous(), None
 
 

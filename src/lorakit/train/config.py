@@ -118,6 +118,7 @@ class TrainOptions:
     controller: schedule of ranks or restarts; the method's own when absent
     checkpointing: recompute activations in the backward pass, which saves memory and costs time
     keep_checkpoints: how many of the newest checkpoints stay on disk
+    track: also record to tensorboard or trackio (metrics.jsonl is always written)
     """
 
     task: Literal["sft", "completion", "classification"] | None = None
@@ -133,6 +134,7 @@ class TrainOptions:
     controller: Text | None = None
     checkpointing: bool = False
     keep_checkpoints: Count = 2
+    track: tuple[Annotated[str, OneOf(("tensorboard", "trackio"))], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,8 @@ from .config import RunConfig, TrainOptions, as_tree
 # What may differ between a run and its resumption: what is written and looked at, never what is computed. A longer run
 # is not among them: max_steps and epochs shape the learning rate of every step.
 MAY_CHANGE = frozenset(
-    {"output", "train.save_steps", "train.keep_checkpoints", "train.eval_steps", "eval.prompts", "eval.max_tokens"}
+    {"output", "train.save_steps", "train.keep_checkpoints", "train.track", "train.eval_steps"}
+    | {"eval.prompts", "eval.max_tokens"}
 )
 
 

@@ -4,6 +4,7 @@ Everything is read off the dataclasses; a new method brings its keys with it.
 """
 
 import functools
+import operator
 import re
 import types
 from collections.abc import Mapping, Sequence
@@ -113,6 +114,7 @@ def describe(hint: Any) -> str:
 def choices(hint: Any) -> list[str]:
     """Give the texts that a type is limited to; nothing if it is not limited so."""
     parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else [hint]
+    parts = [p for part in parts for p in (get_args(part) if get_origin(part) in (tuple, list) else [part])]
     return [value for part in parts if get_origin(part) is Literal for value in get_args(part)]
 
 
@@ -135,12 +137,14 @@ def key_help(cls: type[Any]) -> dict[str, str]:
 
 
 def _closed(hint: Any) -> Any:
-    """Turn a text limited by OneOf into a Literal of the names there are."""
-    if get_origin(hint) is Annotated:
-        for extra in hint.__metadata__:
-            if isinstance(extra, OneOf):
-                return _literal(sorted(extra.names))
-    return hint
+    """Turn a text limited by OneOf, also inside a list or a union, into a Literal of the names there are."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        limit = next((extra for extra in arguments[1:] if isinstance(extra, OneOf)), None)
+        return hint if limit is None else _literal(sorted(limit.names))
+    if origin in (Union, types.UnionType):
+        return functools.reduce(operator.or_, map(_closed, arguments))
+    return origin[tuple(map(_closed, arguments))] if origin in (tuple, list) else hint
 
 
 def _literal(names: Sequence[str]) -> Any:

@@ -21,13 +21,12 @@ from ..optim.groups import scale_learning_rates
 from .adapter_state import adapter_tensors, restore_adapter
 from .checkpoint import optimizer_tensors, restore_optimizer, save_checkpoint
 from .measure import memory_gb
-from .metrics import MetricsLog
-from .progress import Progress
+from .records import Records
 from .steps import Steps, Window
 from .stop import Interrupted, StopRequest
 from .task import Task
 
-PATIENCE_FOR_DIVERGENCE = 5  # steps in a row with a loss three times worse than guessing
+PATIENCE_FOR_DIVERGENCE = 5  # steps in a row with a loss no better than guessing, after a better start
 
 
 @dataclass
@@ -53,8 +52,7 @@ class Job:
     config_hash: str
     identity: Mapping[str, Any]
     """What a checkpoint must agree with to be resumed: fingerprints of data and base."""
-    metrics: MetricsLog
-    progress: Progress
+    records: Records
     stop: StopRequest
     sample: Callable[[int], None]
     """Answer the fixed prompts and log the answers."""
@@ -77,7 +75,8 @@ class State:
     worse: int = 0
     """Evaluations since the best one."""
     divergent: int = 0
-    """Steps in a row with a loss far above a uniform guess."""
+    """Steps in a row with a loss no better than a uniform guess."""
+    first_loss: float | None = None
     last_loss: float | None = None
     evaluation: dict[str, float] = field(default_factory=dict)
 
@@ -112,8 +111,7 @@ def fit(job: Job, state: State) -> State:
             "mem_gb": memory_gb(),
             "t": state.seconds,
         }
-        job.metrics.write(record)
-        job.progress.step(record)
+        job.records.step(record)
         if state.step == 1:
             job.first_step()
         state.evaluated = not evaluation_due(job, state, window)
@@ -168,16 +166,18 @@ def check_all_reached(job: Job, parameters: Sequence[nn.Parameter]) -> None:
 
 
 def check_finite(job: Job, state: State, loss: float, norm: float, batches: Sequence[Sequence[Example]]) -> None:
-    """Raise DivergenceError for NaN, infinity or a loss that stays far worse than guessing; the weights are untouched."""
+    """Raise DivergenceError for NaN, infinity or a loss that stays where guessing is; the weights are untouched."""
     where = "rows " + ", ".join([row.where for batch in batches for row in batch][:8])
     fix = "lower optim.lr, or look at these rows; the last checkpoint is good: " + str(job.directory / "checkpoints")
     if not math.isfinite(loss) or not math.isfinite(norm):
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
         raise DivergenceError(f"{what} at step {state.step + 1}; nothing was updated", fix=fix, where=where)
-    state.divergent = state.divergent + 1 if loss > 3 * job.task.worst else 0
+    state.first_loss = loss if state.first_loss is None else state.first_loss
+    lost = loss > max(0.98 * job.task.worst, 3 * state.first_loss)
+    state.divergent = state.divergent + 1 if lost else 0
     if state.divergent >= PATIENCE_FOR_DIVERGENCE:
-        why = f"a uniform guess has {job.task.worst:.2f}, and it has been three times worse for {state.divergent} steps"
-        raise DivergenceError(f"the loss is {loss:.4g} at step {state.step + 1}", why=why, fix=fix, where=where)
+        why = f"for {state.divergent} steps it has been no better than a uniform guess ({job.task.worst:.4g}); it began at {state.first_loss:.4g}"
+        raise DivergenceError(f"the loss is {loss:.4g} at step {state.step + 1}: the run has diverged", why=why, fix=fix, where=where)
 
 
 def evaluation_due(job: Job, state: State, window: Window) -> bool:
@@ -193,9 +193,8 @@ def evaluate_and_sample(job: Job, state: State) -> None:
     """Evaluate, keep the best, answer the fixed prompts."""
     if job.valid:
         state.evaluation = evaluate(job, state)
-        record = {"step": state.step, "epoch": round(job.steps[state.step - 1].epoch, 6), **state.evaluation}
-        job.metrics.write({**record, "t": state.seconds})
-        job.progress.evaluation(record)
+        epoch = round(job.steps[state.step - 1].epoch, 6)
+        job.records.evaluation({"step": state.step, "epoch": epoch, **state.evaluation, "t": state.seconds})
         loss = state.evaluation["eval_loss"]
         if state.best_loss is None or loss < state.best_loss:
             state.best_loss, state.best_step, state.worse = loss, state.step, 0

@@ -31,7 +31,7 @@ _GREEN, _DIM, _RESET = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 
 
 class Progress:
-    """The display of one run of `total` steps on `stream` (stderr).
+    """The display of one run of `total_steps` steps on `stream` (stderr).
 
     `live=None` finds out whether the stream is a terminal that can redraw a line; CI and TERM=dumb say it cannot.
     NO_COLOR turns colours off. `seconds` is the time between two drawings.
@@ -39,13 +39,13 @@ class Progress:
 
     def __init__(
         self,
-        total: int,
+        total_steps: int,
         stream: TextIO | None = None,
         *,
         live: bool | None = None,
         seconds: float | None = None,
     ) -> None:
-        self.total = total
+        self.total_steps = total_steps
         self.stream = sys.stderr if stream is None else stream
         self.live = _can_redraw(self.stream) if live is None else live
         self.color = self.live and not os.environ.get("NO_COLOR")
@@ -66,7 +66,7 @@ class Progress:
         self._times.append((record["step"], now))
         self._losses.append(_number(record.get("loss")))
         self._record, self._pending = record, True
-        last = record["step"] >= self.total
+        last = record["step"] >= self.total_steps
         if self._shown is None or now - self._shown >= self._every or last:
             self._show(now)
 
@@ -143,7 +143,7 @@ class Progress:
         head = self._count()
         if bar:
             left, right = ("▕", "▏") if self.unicode else ("[", "]")
-            share = self._record["step"] / max(self.total, 1)
+            share = self._record["step"] / max(self.total_steps, 1)
             head += (
                 f" {left}{green}{progress_bar(share, BAR_WIDTH, ascii_only=not self.unicode)}{reset}{right} {share:.0%}"
             )
@@ -153,7 +153,7 @@ class Progress:
         return f" {dim}{self._dot}{reset} ".join([head, first, *others])
 
     def _count(self) -> str:
-        return f"step {self._record['step']}/{self.total}"
+        return f"step {self._record['step']}/{self.total_steps}"
 
     def _facts(self) -> list[str]:
         """Give the numbers of the line, the most important first."""
@@ -174,7 +174,7 @@ class Progress:
         (first, began), (last, ended) = self._times[0], self._times[-1]
         if last <= first:
             return None
-        return max(ended - began, 0.0) / (last - first) * max(self.total - last, 0)
+        return max(ended - began, 0.0) / (last - first) * max(self.total_steps - last, 0)
 
     def _columns(self) -> int:
         with suppress(OSError, ValueError, AttributeError):  # not a real terminal, or a window of size zero
@@ -210,10 +210,10 @@ def sparkline(values: Sequence[float], width: int = SPARK_WIDTH) -> str:
     finite = [m for m in means if m is not None]
     if not finite:
         return " " * count
-    low, span = min(finite), max(finite) - min(finite)
-    top = len(_LEVELS) - 1
-    scale = top / span if span > 0 and math.isfinite(top / span) else 0.0
-    return "".join(" " if m is None else _LEVELS[min(round((m - low) * scale), top)] for m in means)
+    largest = max(map(abs, finite)) or 1.0  # so that no difference overflows
+    low, high = min(finite) / largest, max(finite) / largest
+    scale = (len(_LEVELS) - 1) / (high - low) if high > low else 0.0
+    return "".join(" " if m is None else _LEVELS[round((m / largest - low) * scale)] for m in means)
 
 
 def progress_bar(share: float, width: int = BAR_WIDTH, *, ascii_only: bool = False) -> str:

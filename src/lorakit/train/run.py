@@ -1,19 +1,20 @@
 """A training run from configuration to adapter: directory, data, model, adapter, loop, proofs. Each function is one stage."""
 
 import tempfile
-import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..core.attach import adapters, attach, names
-from ..core.errors import CheckError, FileError, LorakitError, UsageError
+from ..core.errors import CheckError, FileError, UsageError
 from ..core.files import RunLock
 from ..core.summary import Summary, summary
 from ..data.dataset import Dataset
@@ -25,21 +26,21 @@ from ..interop.read import read_tensors
 from ..models.directory import fingerprint
 from ..models.generate import generate
 from ..models.load import load as load_model
+from ..models.modes import checkpoint_activations
 from ..models.packing import enable_packing
 from ..optim import OPTIMIZERS, parameter_groups, schedule
 from .adapter_state import restore_adapter
 from .checkpoint import latest, steps
 from .checkpoint import load as load_checkpoint
-from .config import RunConfig
+from .config import RunConfig, as_tree
 from .config_file import dump
 from .loop import Job, State, fit, restore
-from .metrics import MetricsLog, SampleLog
 from .progress import Progress
+from .records import Records
 from .run_directory import RunDirectory
 from .steps import Steps
 from .stop import StopRequest, listen
 from .task import Classification, LanguageModelling, Task
-from .trackers import trackers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -146,6 +147,13 @@ def _encode(
     return data, encode(valid, base.tokenizer, max_length=data.max_length, **settings)
 
 
+class _Found(NamedTuple):
+    """What a checkpoint holds."""
+
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
 class _Session:
     """One run with everything loaded: attaches, trains, proves, saves."""
 
@@ -173,7 +181,7 @@ class _Session:
             max_steps=train.max_steps,
         )
         self.progress = progress or Progress(self.steps.total)
-        self.progress.total_steps = self.steps.total
+        self.progress.total = self.steps.total
 
     def __enter__(self) -> "_Session":
         """Start."""
@@ -186,18 +194,16 @@ class _Session:
     def run(self) -> RunResult:
         """Go through the stages."""
         self._attach()
-        found = latest(self.directory.checkpoints)
-        job = self._job(found.step if found else 0)
-        state = State()
-        if found is not None:
-            state = self._resume(job, found.path)
-        elif self.directory.checkpoints.exists() and steps(self.directory.checkpoints):
-            raise FileError(f"no checkpoint in {self.directory.checkpoints} is whole", fix="give --overwrite to start again")
-        fit(job, state)
-        if self.config.eval.load_best and state.best_step not in (None, state.step):
-            tensors, _ = load_checkpoint(steps(self.directory.checkpoints)[state.best_step])
-            restore_adapter(self.base.model, ADAPTER, tensors["adapter"])
-            self.say(f"took the adapter of step {state.best_step}, which had the lowest validation loss")
+        found = self._checkpoint()
+        before = State(**found.state["state"]) if found else State()
+        with closing(self._records(before)) as records:
+            job = self._job(records)
+            state = restore(job, found.tensors, found.state) if found else before
+            if found:
+                loss = f", loss {state.last_loss:.4f}" if state.last_loss is not None else ""
+                self.say(f"resumed at step {state.step} of {job.steps.total}{loss}")
+            fit(job, state)
+        self._take_best(state)
         self._finish()
         return RunResult(
             self.directory.path,
@@ -207,7 +213,7 @@ class _Session:
             state.evaluation,
             summary(self.base.model, ADAPTER),
             state.seconds,
-            found.step if found else None,
+            before.step if found else None,
             self.checks,
         )
 
@@ -230,7 +236,7 @@ class _Session:
         fields = {**vars(target), "modules_to_save": list(dict.fromkeys(saved)) or None}
         attach(model, self.config.method.config, name=ADAPTER, **fields)
         if self.config.train.checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_activations(model)
         self.say(str(summary(model, ADAPTER)))
         for notice in self.data.stats.notices:
             self.say(f"data: {notice}")
@@ -251,10 +257,18 @@ class _Session:
         self.say("rows are packed without padding" if packed else "this model cannot pack rows; they are padded")
         return LanguageModelling(model.config.get_text_config().vocab_size, pad, packed=packed)
 
-    def _job(self, resumed_from: int) -> Job:
+    def _records(self, before: State) -> Records:
+        return Records(
+            self.directory.path,
+            self.progress,
+            track=self.config.train.track,
+            config=as_tree(self.config),
+            resume_step=before.step,
+        )
+
+    def _job(self, records: Records) -> Job:
         config, options = self.config, self.config.train
         groups = parameter_groups(self.base.model, ADAPTER, config.optim)
-        path = self.directory.path
         return Job(
             model=self.base.model,
             adapter=ADAPTER,
@@ -271,51 +285,57 @@ class _Session:
             keep_checkpoints=options.keep_checkpoints,
             patience=config.eval.patience,
             load_best=config.eval.load_best,
-            directory=path,
+            directory=self.directory.path,
             config_hash=sha256(dump(config).encode()).hexdigest()[:16],
-            identity=self._identity(),
-            metrics=MetricsLog(path / "metrics.jsonl", resumed_from),
-            progress=self.progress,
+            identity=self._identity,
+            records=records,
             stop=self.stop,
-            sample=self._sampler(SampleLog(path / "samples.jsonl", resumed_from)),
+            sample=partial(self._sample, records),
             first_step=self._prove_saving,
         )
 
-    def _identity(self) -> dict[str, Any]:
+    @cached_property
+    def _identity(self) -> dict[str, str | None]:
+        """Fingerprints of what a checkpoint belongs to."""
         base = fingerprint(self.base.path) if self.base.path else None
-        return {"data": self.data.fingerprint, "valid": self.valid.fingerprint if self.valid else None, "base": base}
+        return {"data": self.data.fingerprint, "validation data": self.valid and self.valid.fingerprint, "base": base}
 
-    def _resume(self, job: Job, path: Path) -> State:
-        tensors, saved = load_checkpoint(path)
-        changed = [k for k, v in job.identity.items() if saved["identity"].get(k) != v]
+    def _checkpoint(self) -> "_Found | None":
+        """Read the newest whole checkpoint, if there is any, and see that it belongs to this data and base."""
+        newest = latest(self.directory.checkpoints)
+        if newest is None:
+            if steps(self.directory.checkpoints):
+                raise FileError(f"no checkpoint in {self.directory.checkpoints} is whole", fix="give --overwrite to start again")
+            return None
+        tensors, state = load_checkpoint(newest.path)
+        changed = [what for what, value in self._identity.items() if state["identity"].get(what) != value]
         if changed:
             raise UsageError(
-                f"the run cannot be resumed: its {' and '.join(changed)} changed since it was started",
+                f"the run cannot be resumed: the {' and the '.join(changed)} changed since it was started",
                 fix="put the old files back, choose another output, or give --overwrite",
-                where=str(path),
+                where=str(newest.path),
             )
-        state = restore(job, tensors, saved)
-        self.say(f"resumed at step {state.step} of {job.steps.total}" + (f", loss {state.last_loss:.4f}" if state.last_loss else ""))
-        return state
+        return _Found(tensors, state)
 
-    def _sampler(self, log: SampleLog) -> Callable[[int], None]:
+    def _take_best(self, state: State) -> None:
+        if self.config.eval.load_best and state.best_step not in (None, state.step):
+            tensors, _ = load_checkpoint(steps(self.directory.checkpoints)[state.best_step])
+            restore_adapter(self.base.model, ADAPTER, tensors["adapter"])
+            self.say(f"took the adapter of step {state.best_step}, which had the lowest validation loss")
+
+    def _sample(self, records: Records, step: int) -> None:
+        """Answer the fixed prompts."""
         prompts = list(self.config.eval.prompts)
-
-        def sample(step: int) -> None:
-            if not prompts:
-                return
+        if prompts:
             texts = generate(self.base.model, self.base.tokenizer, prompts, max_tokens=self.config.eval.max_tokens)
             for prompt, text in zip(prompts, texts, strict=True):
-                log.write({"step": step, "prompt": prompt, "text": text})
-                self.progress.sample(prompt, text)
-
-        return sample
+                records.sample(step, prompt, text)
 
     def _save(self, directory: Path) -> None:
         name = self.config.model.name
         base = {"name": name if self.base.path is None or not Path(name).exists() else Path(name).resolve().name}
         extra = {
-            "base": {**base, "fingerprint": self._identity()["base"]},
+            "base": {**base, "fingerprint": self._identity["base"]},
             "task": self.config.train.task,
             "labels": self.data.labels,
             "template": self.data.facts.template,

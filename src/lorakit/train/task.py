@@ -19,7 +19,7 @@ class Task(Protocol):
     """How the loop trains on rows without knowing what they are."""
 
     worst: float
-    """Loss of a uniform guess: a training loss that stays far above it has diverged."""
+    """Loss of a uniform guess: a run that was better and comes to stay there has diverged."""
 
     def weight(self, example: Example) -> int:
         """Give what a row counts in the mean: its trained tokens, or 1."""

@@ -1,0 +1,265 @@
+"""How much memory a training step needs and how much it computes, found out before any weight is loaded.
+
+The step is run on tensors that have a shape and no data (torch's meta device), and every allocation is counted while it lives. So the
+figures follow the code of the model, the adapters and the loss, whatever they are: what autograd keeps, that layers
+below the lowest adapter keep nothing, what checkpointing gives up. Only SDPA is named by hand, since what
+it keeps depends on the device: the fused kernel there keeps q, k, v, its output and one number a row.
+"""
+
+import os
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .packing import Pattern, explicit_attention, prefers_explicit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_ATTENTION = "lorakit_without_data"
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Bytes at the peak of a training step from the second on, by what they are for, and floating-point operations of a step."""
+
+    weights: int
+    """The frozen base, and buffers."""
+    adapter: int
+    """Trainable parameters."""
+    gradients: int
+    optimizer: int
+    activations: int
+    """What the forward pass keeps for the backward pass."""
+    logits: int
+    """What the loss adds to that."""
+    temporary: int
+    """What the backward pass needs beyond."""
+    runtime: int
+    """The process before anything is loaded: interpreter and libraries. Zero for a GPU."""
+    flops_forward: int
+    flops_backward: int
+
+    @property
+    def total(self) -> int:
+        """The peak in bytes."""
+        step = self.gradients + self.activations + self.logits + self.temporary
+        return self.weights + self.adapter + self.optimizer + step + self.runtime
+
+    @property
+    def flops(self) -> int:
+        """Operations of a step, forward and backward; a multiply-add is two."""
+        return self.flops_forward + self.flops_backward
+
+
+def estimate(
+    model: "PreTrainedModel",
+    *,
+    rows: int,
+    length: int,
+    trained_tokens: int | None = None,
+    packed: bool = True,
+    accumulate: int = 1,
+    optimizer_bytes: float = 8.0,
+    device: str | torch.device = "cpu",
+    runtime: int | None = None,
+) -> Estimate:
+    """What one optimizer step over `accumulate` micro-batches of `rows` rows of `length` tokens needs.
+
+    `model` is a `skeleton` prepared as for training: adapters attached, the rest frozen, checkpointing on or off. A generating model
+    computes logits for the `trained_tokens` of a micro-batch (all if None) if `packed`, else for every position.
+    `optimizer_bytes` counts the state per trainable parameter (AdamW: two float32). `device` is where it would run, `runtime` the
+    bytes of the bare process (None: of this one, which has imported what training imports).
+    """
+    place = torch.device(device)
+    base, adapter = _parameter_bytes(model)
+    trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    traced = _trace(model, _forward(model, rows, length, trained_tokens, packed), place)
+    known = traced.activations + traced.logits + adapter
+    return Estimate(
+        weights=base,
+        adapter=adapter,
+        gradients=adapter,
+        optimizer=int(optimizer_bytes * trainable),
+        activations=traced.activations,
+        logits=traced.logits,
+        temporary=max(0, traced.peak - known),
+        runtime=(resident_bytes() if runtime is None else runtime) if place.type == "cpu" else 0,
+        flops_forward=accumulate * traced.flops_forward,
+        flops_backward=accumulate * traced.flops_backward,
+    )
+
+
+def resident_bytes() -> int:
+    """The memory this process occupies now."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    import resource  # elsewhere only the peak is known; macOS gives it in bytes
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _parameter_bytes(model: nn.Module) -> tuple[int, int]:
+    """Bytes of (frozen parameters and buffers, trainable parameters); a tied weight counts once."""
+    frozen = sum(weight.nbytes for weight in [*model.parameters(), *model.buffers()] if not weight.requires_grad)
+    return frozen, sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
+
+
+def _forward(
+    model: "PreTrainedModel", rows: int, length: int, trained: int | None, packed: bool
+) -> Callable[[], Tensor]:
+    """The forward pass of training, giving the logits (n, classes) of what is trained."""
+    ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
+    if not model.can_generate():
+        return lambda: model(input_ids=ids).logits
+    kept = torch.zeros(rows * length if trained is None else trained, dtype=torch.long, device="meta")
+    if packed:
+        row = ids.view(1, -1)
+        inputs = {"input_ids": row, "position_ids": row, "lengths": [length] * rows, "logits_to_keep": kept}
+        return lambda: model(**inputs, use_cache=False).logits[0]
+    decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    return lambda: model(input_ids=ids, **decoder, use_cache=False).logits.flatten(0, 1)[kept]
+
+
+@dataclass(slots=True)
+class _Trace:
+    activations: int = 0
+    logits: int = 0
+    peak: int = 0
+    flops_forward: int = 0
+    flops_backward: int = 0
+
+
+def _trace(model: "PreTrainedModel", forward: Callable[[], Tensor], place: torch.device) -> _Trace:
+    """Run one step without data and read the ledger after the body, after the loss, and at the peak."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    formulas = {fused: _attention_flops, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward_flops}
+    trace, ledger = _Trace(), _Ledger(model)
+
+    def loss() -> Tensor:  # a function, so that the logits themselves are let go as they are in training
+        logits = forward()
+        targets = torch.zeros(logits.shape[0], dtype=torch.long, device="meta")
+        return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+    def after_body(*_: Any) -> None:
+        trace.activations = ledger.live
+
+    model.train()
+    hook = model.base_model.register_forward_hook(after_body)
+    try:
+        counter = FlopCounterMode(display=False, custom_mapping=formulas)
+        with _attention_without_data(model, place), ledger, counter:
+            total = loss()
+            trace.logits = max(0, ledger.live - trace.activations)
+            trace.flops_forward = counter.get_total_flops()
+            total.backward()
+        trace.flops_backward = counter.get_total_flops() - trace.flops_forward
+        trace.peak = ledger.peak
+    finally:
+        hook.remove()
+        model.zero_grad(set_to_none=True)
+    return trace
+
+
+class _Ledger(TorchDispatchMode):
+    """Counts the bytes of tensor storages, other than the model's own, from when they are made until nothing refers to them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known = weakref.WeakSet(t.untyped_storage() for t in [*model.parameters(), *model.buffers()])
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operation and enter the storages that are new."""
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._enter(tensor.untyped_storage())
+        return out
+
+    def _enter(self, storage: torch.UntypedStorage) -> None:
+        if storage not in self._known:
+            self._known.add(storage)
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._leave, storage.nbytes())
+
+    def _leave(self, size: int) -> None:
+        self.live -= size
+
+
+@contextmanager
+def _attention_without_data(model: "PreTrainedModel", place: torch.device) -> Iterator[None]:
+    """Let a model with SDPA attention run on meta as it would at `place`. Without a mask function of that name no mask is made."""
+    from transformers import AttentionInterface
+
+    before = model.config._attn_implementation
+    if before != "sdpa" or not model._can_set_attn_implementation():
+        yield
+        return
+    name = f"{_ATTENTION}_{place.type}"
+    AttentionInterface.register(name, partial(_attention, place))
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _attention(
+    place: torch.device,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    lengths: list[int] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The shapes of `packed_attention`, or of transformers' SDPA on a padded batch where there are no lengths."""
+    if lengths is None:
+        groups = query.shape[1] // key.shape[1]
+        key, value = (t if groups == 1 else t.repeat_interleave(groups, dim=1) for t in (key, value))
+        out = _sdpa(query, key, value, dropout)
+        return out.transpose(1, 2).contiguous(), None
+    documents = zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
+    if prefers_explicit(query[:, :, : max(lengths)], place):
+        parts = [explicit_attention(q, k, v, Pattern(True, None), dropout, scaling, None) for q, k, v in documents]
+    else:
+        parts = [_sdpa(q, k, v, dropout) for q, k, v in documents]
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """The fused kernel; with dropout there is none on a processor, and SDPA keeps the weights (B, H, T, T)."""
+    if dropout:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)[0]
+
+
+def _attention_flops(q: tuple[int, ...], k: tuple[int, ...], *_: Any, **__: Any) -> int:
+    """Scores and their product with v: two matrix products of B H T T D multiply-adds."""
+    batch, heads, rows, width = q
+    return 4 * batch * heads * rows * k[2] * width
+
+
+def _backward_flops(grad: Any, q: tuple[int, ...], k: tuple[int, ...], *_: Any, **__: Any) -> int:
+    """The scores again, and four products for the gradients."""
+    return _attention_flops(q, k) * 5 // 2
