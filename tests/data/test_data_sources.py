@@ -15,7 +15,11 @@ from lorakit.core.errors import DataError, LorakitError, UsageError
 from lorakit.data import hold_out, read, read_train_valid, splits
 from lorakit.data.rows import Row
 
-ROWS = [{"text": "first, \"quoted\"", "label": "a"}, {"text": "zwei\tTabs: ä 🙂", "label": "b"}, {"text": "3", "label": "a"}]
+ROWS = [
+    {"text": 'first, "quoted"', "label": "a"},
+    {"text": "zwei\tTabs: ä 🙂", "label": "b"},
+    {"text": "3", "label": "a"},
+]
 
 
 def write_csv(rows, separator):
@@ -129,7 +133,12 @@ def test_bombs_and_endless_lines_are_refused_early(tmp_path, monkeypatch):
     (tmp_path / "blank.jsonl").write_bytes(b"\n" * 2**21)
     (tmp_path / "line.jsonl").write_bytes(b'{"text": "' + b"a" * (17 * 2**20) + b'"}\n')
     begin = time.process_time()
-    reasons = {"bomb.jsonl.gz": "unfolds to more", "bomb.json.gz": "unfolds", "blank.jsonl": "blank", "line.jsonl": "16 MiB"}
+    reasons = {
+        "bomb.jsonl.gz": "unfolds to more",
+        "bomb.json.gz": "unfolds",
+        "blank.jsonl": "blank",
+        "line.jsonl": "16 MiB",
+    }
     for name, reason in reasons.items():
         with pytest.raises(DataError, match=reason):
             read(tmp_path / name)
@@ -224,7 +233,11 @@ def test_parquet_names_the_extra(tmp_path):
         assert "lorakit[data]" in str(error.value)
 
 
-@given(texts=st.lists(st.sampled_from("abcdefghij"), min_size=2, max_size=40), fraction=st.floats(0.05, 0.6), seed=st.integers(0, 9))
+@given(
+    texts=st.lists(st.sampled_from("abcdefghij"), min_size=2, max_size=40),
+    fraction=st.floats(0.05, 0.6),
+    seed=st.integers(0, 9),
+)
 def test_holding_out_splits_by_content(texts, fraction, seed):
     rows = [Row({"text": text}, f"x:{i}") for i, text in enumerate(texts)]
     try:
@@ -239,3 +252,26 @@ def test_holding_out_splits_by_content(texts, fraction, seed):
         assert len(valid) == max(1, round(len(rows) * fraction))
     backwards = hold_out(rows[::-1], fraction, seed)[1]
     assert {r.where for r in backwards} == {r.where for r in valid}  # the order of the file plays no part
+
+
+def test_parquet_and_arrow_give_the_rows_a_jsonl_file_would(tmp_path):
+    pytest.importorskip("datasets")
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    features = {
+        "label": {"names": ["neg", "pos"], "_type": "ClassLabel"},
+        "text": {"dtype": "string", "_type": "Value"},
+    }
+    table = pa.table({"text": ["a", "b", None], "label": [0, 1, -1]}).replace_schema_metadata(
+        {"huggingface": json.dumps({"info": {"features": features}})}
+    )
+    expected = [{"text": "a", "label": "neg"}, {"text": "b", "label": "pos"}, {"label": -1}]
+    parquet.write_table(table, tmp_path / "train-00000-of-00001.parquet")
+    with pa.ipc.new_stream(str(tmp_path / "validation.arrow"), table.schema) as stream:
+        stream.write_table(table)
+    train, valid = read_train_valid(tmp_path)
+    assert [row.fields for row in train] == [row.fields for row in valid] == expected
+    assert train[1].where.endswith("train-00000-of-00001.parquet:2")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="cannot be read as parquet"):
+        read(tmp_path / "broken.parquet")

@@ -7,10 +7,10 @@ size on a phone. The values under the pointer are shown by a script that reads `
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Literal
 
 SIZE = 1000  # of the SVG's coordinate square
@@ -91,16 +91,21 @@ def chart(
 def smooth(values: Sequence[float]) -> tuple[list[float], int]:
     """Give the running mean of values and over about how many of them it reaches (a twentieth of all).
 
-    An exponential mean, divided by the sum of its weights so that the start is not pulled towards zero.
+    The mean of v[j] with weights k^|i-j|, by one pass in each direction; it does not lag as a one-sided mean does.
     """
     reach = max(len(values) // 20, 1)
-    keep = 1 - 2 / (reach + 1)
-    total = weight = 0.0
-    out = []
-    for value in values:
-        total, weight = keep * total + value, keep * weight + 1
-        out.append(total / weight)
-    return out, reach
+    keep = (reach - 1) / (reach + 1)
+
+    def pass_over(order: Iterable[float]) -> list[float]:
+        return list(accumulate(order, lambda total, value: keep * total + value))
+
+    sums = pass_over(values), pass_over(reversed(values))[::-1]
+    ones = [1.0] * len(values)
+    weights = pass_over(ones), pass_over(ones)[::-1]
+    return [
+        (before + after - value) / (w_before + w_after - 1)
+        for value, before, after, w_before, w_after in zip(values, *sums, *weights, strict=True)
+    ], reach
 
 
 def thin(x: Sequence[float], y: Sequence[float], most: int = MOST_POINTS) -> tuple[list[float], list[float]]:
@@ -151,12 +156,22 @@ def short(value: float) -> str:
     """Write a value with three or four figures: 0.0312, 2.03, 1,250, 12.35k, 2e-4."""
     size = abs(value)
     if size >= 1e15 or 0 < size < 1e-3:
-        mantissa, _, exponent = f"{value:.2e}".partition("e")
-        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+        return scientific(value)
     for least, unit, suffix in ((1e12, 1e12, "T"), (1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if size >= least:
             return f"{value / unit:.4g}{suffix}"
     return f"{value:,.0f}" if size >= 1000 else f"{value:.3g}"
+
+
+def percent(value: float) -> str:
+    """Write a share: 97.5%."""
+    return f"{100 * value:.3g}%"
+
+
+def scientific(value: float) -> str:
+    """Write a learning rate: 2e-4."""
+    mantissa, _, exponent = f"{value:.2e}".partition("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}" if value else "0"
 
 
 def _round_step(rough: float) -> float:

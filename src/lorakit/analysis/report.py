@@ -8,7 +8,7 @@ from pathlib import Path
 from .. import __version__
 from ..core.errors import UsageError
 from ..core.files import atomic_write
-from .charts import short, smooth
+from .charts import percent, short
 from .report_page import page
 from .report_sections import adapter, charts, evaluations, file_size, loss, samples, settings, swatch
 from .run_files import Run, read_runs
@@ -60,27 +60,21 @@ def clock(seconds: float) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
-def _final_loss(run: Run) -> float | None:
-    """Give the end of the smoothed curve, which one lucky batch does not decide."""
-    values = run.points("loss")[1]
-    return smooth(values)[0][-1] if values else None
-
-
 def _tokens_per_second(run: Run) -> float | None:
     tokens, seconds = run.last("tokens"), run.last("t")
     return tokens / seconds if tokens is not None and seconds else None
 
 
 FIGURES = [
-    Figure("Final loss", _final_loss, short, min),
+    Figure("Final loss", lambda run: run.last("loss"), short, min),
     Figure("Best evaluation loss", lambda run: min(run.evaluated("eval_loss")[1], default=None), short, min),
-    Figure("Best accuracy", lambda run: max(run.evaluated("eval_accuracy")[1], default=None), "{:.1%}".format, max),
+    Figure("Best accuracy", lambda run: max(run.evaluated("eval_accuracy")[1], default=None), percent, max),
     Figure("Optimizer steps", lambda run: run.last_step or None, "{:,.0f}".format),
     Figure("Tokens", lambda run: run.last("tokens"), "{:,.0f}".format),
     Figure("Trained tokens", lambda run: run.last("trained_tokens"), "{:,.0f}".format),
-    Figure("Time", lambda run: run.last("t"), clock, min),
+    Figure("Time", lambda run: run.last("t"), clock),
     Figure("Tokens per second", _tokens_per_second, short, max),
-    Figure("Peak memory", lambda run: max(run.points("mem_gb")[1], default=None), "{:.2f} GB".format, min),
+    Figure("Peak memory", lambda run: max(run.points("mem_gb")[1], default=None), "{:.2f} GB".format),
     Figure("Adapter parameters", lambda run: run.adapter.parameters if run.adapter else None, "{:,.0f}".format),
     Figure("Adapter file", lambda run: run.adapter.size if run.adapter else None, file_size),
 ]
@@ -105,8 +99,11 @@ def _headline(run: Run) -> str:
 
 
 def _comparison(runs: Sequence[Run]) -> str:
-    rows = [f'<th scope="row">{swatch(i)}{escape(run.name)}</th><td>{_state(run)}</td>' for i, run in enumerate(runs)]
-    head = '<th scope="col">Run</th><th scope="col">State</th>'
+    rows = [
+        f'<th scope="row">{swatch(i)}{escape(run.name)}<div class="quiet">{_state(run)}</div></th>'
+        for i, run in enumerate(runs)
+    ]
+    head = '<th scope="col">Run</th>'
     for figure in FIGURES:
         values = [figure.of(run) for run in runs]
         present = [v for v in values if v is not None]

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from .charts import Series, chart, smooth
+from .charts import Series, chart, percent, scientific, smooth
 from .run_files import Adapter, Run, number
 
 LOG_FROM = 20.0  # ratio of the largest to the smallest loss from which the logarithmic scale is shown first
@@ -29,8 +29,11 @@ def file_size(count: float) -> str:
 
 
 def loss(runs: Sequence[Run]) -> str:
-    """Draw training and evaluation loss on a linear and a logarithmic scale; the reader chooses, two radio buttons do it."""
-    series, reach = _loss_series(runs)
+    """Draw training and evaluation loss on a linear and on a logarithmic scale; the reader chooses between them."""
+    series = _curves(runs, "loss", "training")
+    for i, run in enumerate(runs):
+        color = i + 1 if len(runs) > 1 else 2
+        series.append(Series(_of(run, runs, "evaluation"), *run.evaluated("eval_loss"), color, "marked"))
     values = [v for s in series for v in s.y]
     if not values:
         return ""
@@ -41,6 +44,7 @@ def loss(runs: Sequence[Run]) -> str:
         f'<label><input type="radio" name="scale" id="{name}"{" checked" if chosen else ""}> {text}</label>'
         for name, text, chosen in (("linear", "linear", not log), ("log", "logarithmic", log))
     )
+    reach = max(smooth(run.points("loss")[1])[1] for run in runs)
     note = f'<p class="quiet">The line is the running mean over about {reach} steps.</p>' if reach > 1 else ""
     return (
         f'<section class="loss"><fieldset class="scale"><legend>Scale</legend>{choice}</fieldset><h2>Loss</h2>'
@@ -51,17 +55,16 @@ def loss(runs: Sequence[Run]) -> str:
 
 def charts(runs: Sequence[Run]) -> str:
     """Draw the course of everything else that was recorded."""
-
-    def curves(key: str) -> list[Series]:
-        return [Series(_of(run, runs), *run.points(key), i + 1) for i, run in enumerate(runs)]
-
-    accuracy = [Series(_of(run, runs), *run.evaluated("eval_accuracy"), i + 1, "marked") for i, run in enumerate(runs)]
+    accuracy = [
+        Series(_of(run, runs, "accuracy"), *run.evaluated("eval_accuracy"), i + 1, "marked")
+        for i, run in enumerate(runs)
+    ]
     drawn = [
-        chart("Accuracy", "of the validation rows", accuracy, label="{:.1%}".format),
-        chart("Learning rate", "", curves("lr")),
-        chart("Gradient norm", "before clipping", curves("grad_norm")),
-        chart("Speed", "tokens per second", curves("tok_s")),
-        chart("Memory", "GB, the highest so far", curves("mem_gb")),
+        chart("Accuracy", "of the validation rows", accuracy, label=percent),
+        chart("Learning rate", "", _plain(runs, "lr", "learning rate"), label=scientific),
+        chart("Gradient norm", "before clipping", _curves(runs, "grad_norm", "norm")),
+        chart("Speed", "tokens per second", _curves(runs, "tok_s", "tokens per second")),
+        chart("Memory", "GB, the highest so far", _plain(runs, "mem_gb", "GB")),
     ]
     return f'<section><h2>Course</h2><div class="charts">{"".join(drawn)}</div></section>' if any(drawn) else ""
 
@@ -81,25 +84,24 @@ def evaluations(run: Run) -> str:
     return f"<details><summary>Evaluations as a table</summary>{_table(head, rows)}</details>"
 
 
-def _of(run: Run, runs: Sequence[Run]) -> str:
-    return run.name if len(runs) > 1 else ""
+def _of(run: Run, runs: Sequence[Run], what: str) -> str:
+    return f"{run.name}: {what}" if len(runs) > 1 else what
 
 
-def _loss_series(runs: Sequence[Run]) -> tuple[list[Series], int]:
-    """Give the curves of the loss, and over how many steps the smoothed ones reach."""
-    series: list[Series] = []
-    longest = 1
+def _plain(runs: Sequence[Run], key: str, name: str) -> list[Series]:
+    return [Series(_of(run, runs, name), *run.points(key), i + 1) for i, run in enumerate(runs)]
+
+
+def _curves(runs: Sequence[Run], key: str, name: str) -> list[Series]:
+    """Give the running mean of each run, and of a single run also the points it is the mean of."""
+    series = []
     for i, run in enumerate(runs):
-        steps, losses = run.points("loss")
-        means, reach = smooth(losses)
-        longest = max(longest, reach)
+        steps, values = run.points(key)
+        means, reach = smooth(values)
         if reach > 1 and len(runs) == 1:
-            series.append(Series("this step", steps, losses, 1, "points"))
-        name = "running mean" if reach > 1 else "training"
-        series.append(Series(f"{run.name}: {name}" if len(runs) > 1 else name, steps, means, i + 1))
-        name, color = (f"{run.name}: evaluation", i + 1) if len(runs) > 1 else ("evaluation", 2)
-        series.append(Series(name, *run.evaluated("eval_loss"), color, "marked"))
-    return series, longest
+            series.append(Series(f"{name} of this step", steps, values, 1, "points"))
+        series.append(Series(_of(run, runs, f"{name}, running mean" if reach > 1 else name), steps, means, i + 1))
+    return series
 
 
 def _legend(runs: Sequence[Run]) -> str:
@@ -119,7 +121,7 @@ def _legend(runs: Sequence[Run]) -> str:
 
 
 def samples(runs: Sequence[Run]) -> str:
-    """List answers by prompt: of one run the first and the newest, of several the newest of each; the rest folded away."""
+    """List answers by prompt: of one run the first and the newest, of several the newest of each; the rest folded."""
     cards = []
     for prompt in dict.fromkeys(sample["prompt"] for run in runs for sample in run.samples):
         shown: list[tuple[int, dict[str, Any]]] = []

@@ -62,15 +62,18 @@ def write(opened: Any, output: Path, dtype: str) -> None:
 
     from ..core.attach import detach
     from ..core.files import atomic_directory
+    from ..models.console import quiet_transformers
 
     model: Any = detach(opened.model)
     kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     for parameter in model.parameters():
         parameter.data = parameter.data.to(kind)  # buffers stay as they are: rotary frequencies need float32
     model.config.dtype = kind
-    with atomic_directory(output) as work:
+    with atomic_directory(output) as work, quiet_transformers():
         model.save_pretrained(work)
         opened.tokenizer.save_pretrained(work)
+        for file in work.iterdir():
+            file.chmod(0o644)  # safetensors makes files that only their owner can read
 
 
 def size(directory: Path) -> int:

@@ -5,11 +5,13 @@ Every class is either abstract or final, and an implemented method is never over
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol, Self, final, runtime_checkable
 
 from torch import Tensor, nn
+
+from .statistics import Statistics
 
 
 class Shape(NamedTuple):
@@ -58,8 +60,13 @@ class Base(Protocol):
 class AbstractAdapter(nn.Module, ABC):
     """A change of one weight matrix. The one law, tested for every method, layer kind and storage format:
 
-        adapter(x, base) == base.plus_bias(base.project(x, adapter.merge(base.matrix())))
+        adapter(x, base) == base.project(x, adapter.merge(base.matrix())) + adapter.merge_bias(bias)
+
+    A method that cannot be folded into the weight (it is not linear in x, or looks at more than one token) raises UsageError
+    with the reason in `merge`; `MERGEABLE` says so beforehand.
     """
+
+    MERGEABLE: ClassVar[bool] = True
 
     ROLES: ClassVar[Mapping[str, str]]
     """Role of each own parameter for the optimizer: "A", "B", "magnitude", "bias", "base" (a weight trained in full), "frozen"."""
@@ -68,8 +75,8 @@ class AbstractAdapter(nn.Module, ABC):
     """The hyper-parameters this adapter was built with, its own rank and alpha after the patterns."""
 
     @abstractmethod
-    def start(self, base: Base) -> None:
-        """Fill the parameters with their start values."""
+    def start(self, base: Base, statistics: Statistics | None = None) -> None:
+        """Fill the parameters with their start values. `statistics` are what was measured of this layer, if anything."""
 
     @abstractmethod
     def forward(self, x: Tensor, base: Base) -> Tensor:
@@ -78,6 +85,10 @@ class AbstractAdapter(nn.Module, ABC):
     @abstractmethod
     def merge(self, weight: Tensor) -> Tensor:
         """Give the adapted matrix (out, in) for the base matrix (out, in), in the dtype of `weight`."""
+
+    def merge_bias(self, bias: Tensor | None) -> Tensor | None:
+        """Give the adapted bias (out,) for the base's; most methods leave it alone."""
+        return bias
 
     def roles(self) -> dict[str, str]:
         """Give each of this adapter's parameter names its role; a name without a role is a mistake in the method."""
@@ -128,6 +139,15 @@ class Method(Protocol):
 
     def build(self, shape: Shape) -> AbstractAdapter:
         """Make the adapter of one layer, parameters not yet filled (`start` or loading does that)."""
+        ...
+
+
+@runtime_checkable
+class Sharing(Protocol):
+    """A method whose layers share tensors (VeRA): it sees all shapes before the first layer is built."""
+
+    def shared(self, shapes: Sequence[Shape]) -> Method:
+        """Give the method that builds the layers of one attachment, holding what they share."""
         ...
 
 

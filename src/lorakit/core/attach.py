@@ -16,10 +16,11 @@ from typing import Any, NamedTuple, cast, final
 import torch
 from torch import Tensor, nn
 
-from .adapter import AbstractAdapter, Base, Method, Ranked
+from .adapter import AbstractAdapter, Base, Method, Ranked, Shape, Sharing
 from .errors import UsageError
 from .fused import Declared, Parts
 from .kinds import Kind, kind, require_kind
+from .statistics import Statistics
 from .target import ALL_LINEAR, Site, Target, by_pattern, saved_modules, sites
 
 
@@ -99,11 +100,12 @@ def attach(
     alpha_pattern: Mapping[str, float] | None = None,
     modules_to_save: Sequence[str] | None = None,
     fused: Mapping[str, Declared] | None = None,
+    statistics: Mapping[str, Statistics] | None = None,
     name: str = "default",
 ) -> nn.Module:
     """Give the targeted layers of `model` an adapter `name`, activate it, and leave exactly it trainable.
 
-    The other arguments are those of `Target`. Raises UsageError for a name in use, for targets that match nothing and for
+    The other arguments are those of `Target`; `statistics` are measurements by layer path, for the starts that need them. Raises UsageError for a name in use, for targets that match nothing and for
     patterns that the method cannot follow; the model is then unchanged.
     """
     target = Target(
@@ -117,9 +119,9 @@ def attach(
         fused=fused,
     )
     place(model, method, target, name)
-    for _, layer, adapter in adapters(model, name):
+    for path, layer, adapter in adapters(model, name):
         if isinstance(adapter, AbstractAdapter):
-            adapter.start(cast(Base, layer))
+            adapter.start(cast(Base, layer), (statistics or {}).get(path))
     use(model, name)
     return trainable(model, name)
 
@@ -134,15 +136,11 @@ class Place(NamedTuple):
 
     def build(self) -> AbstractAdapter:
         """Build the adapter, parameters not filled, on the default device."""
-        shape = require_kind(self.path, self.layer).shape(cast(Kind, self.layer))
         if self.sites[0].rows is None:
-            return self.methods[0].build(shape)
+            return self.methods[0].build(_shape(self.sites[0]))
         rows = {str(s.part): s.rows for s in self.sites if s.rows is not None}
-        made = {
-            name: method.build(shape._replace(out_features=len(rows[name])))
-            for name, method in zip(rows, self.methods, strict=True)
-        }
-        return Parts(made, rows, shape.out_features)
+        made = {str(s.part): method.build(_shape(s)) for s, method in zip(self.sites, self.methods, strict=True)}
+        return Parts(made, rows, _shape(Site(self.path, self.layer)).out_features)
 
 
 def places(model: nn.Module, method: Method, target: Target) -> list[Place]:
@@ -153,6 +151,8 @@ def places(model: nn.Module, method: Method, target: Target) -> list[Place]:
     alphas = by_pattern(target.alpha_pattern, names, "alpha_pattern", model)
     if (ranks or alphas) and not {"r", "alpha"} <= vars(method).keys():
         raise UsageError(f"{type(method).__name__} has no rank and alpha, so rank_pattern and alpha_pattern do not apply")
+    if isinstance(method, Sharing):
+        method = method.shared([_shape(s) for s in chosen])
     found: dict[str, Place] = {}
     for site in chosen:
         own = method
@@ -163,6 +163,11 @@ def places(model: nn.Module, method: Method, target: Target) -> list[Place]:
         place.sites.append(site)
         place.methods.append(own)
     return list(found.values())
+
+
+def _shape(site: Site) -> Shape:
+    whole = require_kind(site.path, site.layer).shape(cast(Kind, site.layer))
+    return whole if site.rows is None else whole._replace(out_features=len(site.rows))
 
 
 def place(model: nn.Module, method: Method, target: Target, name: str) -> None:

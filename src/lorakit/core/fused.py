@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .adapter import AbstractAdapter, Base
 from .errors import UsageError
 from .pattern import is_suffix
+from .statistics import Statistics
 
 Declared = Mapping[str, int | Sequence[Sequence[int]]]
 """Parts of a fused layer as a user gives them: sizes, or ranges of rows."""
@@ -122,10 +123,13 @@ class Parts(AbstractAdapter):
         """Give the rows (out_part,) of the fused matrix that part `name` is."""
         return self.get_buffer(f"rows_{name}")
 
-    def start(self, base: Base) -> None:
-        """Start each part."""
+    def start(self, base: Base, statistics: Statistics | None = None) -> None:
+        """Start each part. They share their inputs; the gradient of a part is its rows of the whole's."""
         for name, part in self.parts.items():
-            part.start(_Rows(base, self.rows(name)))
+            own = statistics
+            if statistics is not None and statistics.gradient is not None:
+                own = Statistics(statistics.inputs, statistics.gradient[self.rows(name)])
+            part.start(_Rows(base, self.rows(name)), own)
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         """Run the layer once and replace the outputs of the adapted parts."""

@@ -68,11 +68,17 @@ def _merged_weights(layer: Adapted, adapter: nn.Module) -> Iterator[tuple[str, T
     if isinstance(adapter, Replacement):
         yield from adapter.copy.named_parameters()
         return
-    kind = cast(Kind, layer)
-    matrix = kind.matrix()
+    kind, change = cast(Kind, layer), cast(AbstractAdapter, adapter)
     with torch.no_grad():
-        wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-        yield "weight", kind.stored(cast(AbstractAdapter, adapter).merge(wide))
+        yield "weight", kind.stored(change.merge(_wide(kind.matrix())))
+        if kind.bias is not None:
+            bias = cast(Tensor, change.merge_bias(_wide(kind.bias.detach())))
+            if not torch.equal(bias, kind.bias):
+                yield "bias", bias.to(kind.bias.dtype)
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def _swap(layer: nn.Module, new: dict[str, Tensor]) -> dict[str, nn.Parameter]:

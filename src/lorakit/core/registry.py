@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import pkgutil
 from collections.abc import Iterator, Mapping
+from types import ModuleType
 from typing import Any
 
 from .errors import UsageError
@@ -25,12 +26,16 @@ class Registry(Mapping[str, Any]):
         return sum(1 for _ in self)
 
     def __getitem__(self, name: str) -> Any:
+        return getattr(self.module(name), self.attribute)
+
+    def module(self, name: str) -> ModuleType:
+        """Give the file of this name, for what else it declares. Raises UsageError with the names there are."""
         names = sorted(self)
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise UsageError(f"unknown {self.what} {name!r}", fix=f"{hint}there are: {', '.join(names)}")
-        return getattr(importlib.import_module(f"{self.package}.{name}"), self.attribute)
+        return importlib.import_module(f"{self.package}.{name}")
 
     def name_of(self, value: object) -> str:
         """Give the file name under which `value` is registered."""

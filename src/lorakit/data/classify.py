@@ -62,12 +62,17 @@ def _encode(rows: Sequence[tuple[Labelled, str, int]], tokenizer: "PreTrainedTok
 
 
 def _tokenise(records: Sequence[Labelled], tokenizer: "PreTrainedTokenizerBase", limit: int | None = None) -> Any:
-    """Tokenise texts with [CLS], [SEP] and the like around them, and nothing in a text taken for one of these."""
-    pairs = [record.pair for record in records]
-    paired = pairs[0] is not None
+    """Tokenise texts with [CLS], [SEP] and the like around them, and nothing in a text taken for one of these.
+
+    A tokenizer without a separator gets a pair as two lines of one text.
+    """
+    texts, pairs = [record.text for record in records], [record.pair or "" for record in records]
+    paired = records[0].pair is not None
+    if paired and tokenizer.sep_token is None:
+        texts, paired = [f"{text}\n{pair}" for text, pair in zip(texts, pairs, strict=True)], False
     return tokenizer(
-        [record.text for record in records],
-        text_pair=[pair or "" for pair in pairs] if paired else None,
+        texts,
+        text_pair=pairs if paired else None,
         return_attention_mask=False,
         return_token_type_ids=paired and "token_type_ids" in tokenizer.model_input_names,
         split_special_tokens=True,

@@ -70,9 +70,14 @@ def decode(line: bytes) -> str:
         raise RowError(f"byte 0x{line[error.start]:02x} is not UTF-8", column) from None
 
 
-def _open(path: Path) -> GzipFile | BufferedReader:
-    if not stat.S_ISREG(path.stat().st_mode):  # a pipe could block and a device never end
+def check_regular(path: Path) -> None:
+    """Refuse a pipe, which could block, and a device, which could never end."""
+    if not stat.S_ISREG(path.stat().st_mode):
         raise DataError(f"{path} is not a regular file", fix="give a file, not a pipe or a device")
+
+
+def _open(path: Path) -> GzipFile | BufferedReader:
+    check_regular(path)
     return GzipFile(path) if path.suffix == ".gz" else path.open("rb")
 
 

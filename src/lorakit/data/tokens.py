@@ -163,7 +163,7 @@ class Codec:
         return ids
 
     def _stretch(self, text: str, spaced: bool) -> list[int]:
-        """Tokenise text without special tokens but with marks, at once or, if control tokens come of it, mark by mark."""
+        """Tokenise text without special tokens but with marks, at once or, if control tokens come of it, by marks."""
         for marks in (self._marked_extra, self._marked):
             ids: list[int] = []
             for i, part in enumerate(marks.split(text)):  # the odd ones are what was marked

@@ -1,1 +1,1 @@
-"""One file per start value of the factors: `start(A, B, base)` fills A (r, in) and B (out, r). The file name is the init's name."""
+"""One file per start value of the factors: `start(A, B, site)` fills A (r, in) and B (out, r). The file name is the init's name."""

@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from ..core.adapter import Base
+from ..core.start import Start
 
 
-def start(A: Tensor, B: Tensor, base: Base) -> None:
+def start(A: Tensor, B: Tensor, site: Start) -> None:
     """Fill A with standard deviation 1/r, B with zero."""
     A.normal_(std=1 / A.shape[0])
     B.zero_()

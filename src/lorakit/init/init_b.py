@@ -6,10 +6,10 @@ paper recommends the usual one. Here so that the comparison can be made.
 
 from torch import Tensor
 
-from ..core.adapter import Base
+from ..core.start import Start
 
 
-def start(A: Tensor, B: Tensor, base: Base) -> None:
+def start(A: Tensor, B: Tensor, site: Start) -> None:
     """Fill A with zero, B with variance 1/r."""
     A.zero_()
     B.normal_(std=B.shape[1] ** -0.5)

@@ -7,10 +7,10 @@ import math
 
 from torch import Tensor, nn
 
-from ..core.adapter import Base
+from ..core.start import Start
 
 
-def start(A: Tensor, B: Tensor, base: Base) -> None:
+def start(A: Tensor, B: Tensor, site: Start) -> None:
     """Fill A with variance 1/(3 in), B with zero."""
     nn.init.kaiming_uniform_(A, a=math.sqrt(5))
     B.zero_()

@@ -2,10 +2,10 @@
 
 from torch import Tensor, nn
 
-from ..core.adapter import Base
+from ..core.start import Start
 
 
-def start(A: Tensor, B: Tensor, base: Base) -> None:
+def start(A: Tensor, B: Tensor, site: Start) -> None:
     """Fill A with variance 1/in (so that A x has the size of x), B with zero."""
     nn.init.kaiming_normal_(A, nonlinearity="linear")
     B.zero_()

@@ -5,10 +5,10 @@ Saxe et al. 2013, https://arxiv.org/abs/1312.6120
 
 from torch import Tensor, nn
 
-from ..core.adapter import Base
+from ..core.start import Start
 
 
-def start(A: Tensor, B: Tensor, base: Base) -> None:
+def start(A: Tensor, B: Tensor, site: Start) -> None:
     """Fill A so that A A^T = I (columns orthonormal instead if r > in), B with zero."""
     nn.init.orthogonal_(A)
     B.zero_()

@@ -2,10 +2,10 @@
 
 from torch import Tensor, nn
 
-from ..core.adapter import Base
+from ..core.start import Start
 
 
-def start(A: Tensor, B: Tensor, base: Base) -> None:
+def start(A: Tensor, B: Tensor, site: Start) -> None:
     """Fill A with variance 2/(in + r), B with zero."""
     nn.init.xavier_uniform_(A)
     B.zero_()

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import safetensors.torch
 import torch
@@ -94,7 +94,8 @@ def describe(
         base=_no_path(base),
         task_type=task_type,
     )
-    own = _commonest(a.config for a in found.values())
+    plain = [part for a in found.values() for part in (a.parts.values() if isinstance(a, Parts) else [a])]
+    own = _commonest(config_in_file(cast(AbstractAdapter, part)) for part in plain)
     fused = {path: a for path, a in found.items() if isinstance(a, Parts)}
     side: dict[str, Any] = {
         "format": FORMAT,
@@ -102,7 +103,7 @@ def describe(
         "base": {"name": _no_path(base)},
     }
     if fused:
-        side["parts"] = {p: {k: {"r": c.config.r, "alpha": c.config.alpha} for k, c in a.parts.items()} for p, a in fused.items()}
+        side["parts"] = {p: {k: _rank_and_alpha(c) for k, c in a.parts.items()} for p, a in fused.items()}
         side["fused"] = {p: {k: ranges(a.rows(k)) for k in a.parts} for p, a in fused.items()}
     return config, side
 
@@ -208,6 +209,11 @@ def _shortest(model: nn.Module, paths: Sequence[str]) -> list[str]:
     leaves = sorted({path.rpartition(".")[2] for path in paths})
     named = [p for p, _ in model.named_modules() if p and ".adapters" not in p and any(is_suffix(leaf, p) for leaf in leaves)]
     return leaves if set(named) == set(paths) else sorted(paths)
+
+
+def _rank_and_alpha(part: nn.Module) -> dict[str, float]:
+    config: Any = config_in_file(cast(AbstractAdapter, part))
+    return {"r": config.r, "alpha": config.alpha}
 
 
 def _commonest(configs: Iterable[Any]) -> Any:

@@ -10,6 +10,7 @@ All behind PEFT's prefix. A method that PEFT does not know keeps its own paramet
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import singledispatch
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..core.adapter import AbstractAdapter
 from ..core.attach import Adapted, Replacement
+from ..core.chain import Chain
 from ..core.fused import Parts
 from .peft_config import peft_format
 
@@ -51,7 +53,11 @@ def file_tensors(path: str, layer: nn.Module, adapter: nn.Module) -> Iterator[tu
             yield f"{PREFIX}{path}.{name}", tensor
         return
     form = peft_format(cast(AbstractAdapter, adapter).config)
-    own = joined(adapter) if isinstance(adapter, Parts) and form and _plain(adapter) else adapter.state_dict()
+    if form and isinstance(adapter, Parts | Chain) and _plain(adapter):
+        A, B, _ = pair(adapter)
+        own = {"lora_A": A, "lora_B": B}
+    else:
+        own = adapter.state_dict()
     for name, tensor in own.items():
         if form and name in form.tensors:
             spelled, tensor = _spell(layer, form.tensors[name], tensor)
@@ -76,26 +82,34 @@ def fill(path: str, layer: Adapted, adapter: nn.Module, tensors: Mapping[str, Te
             own.copy_(tensors[f"{PREFIX}{path}.{spelled}"].reshape(own.shape))
 
 
-def _plain(adapter: Parts) -> bool:
-    """Whether the parts are W + s·B·A with nothing else, so that one A and one B can hold them all."""
-    return all(set(part.state_dict()) == {"lora_A", "lora_B"} for part in adapter.parts.values())
+def _plain(adapter: nn.Module) -> bool:
+    """Whether this is s·B·A and nothing else, however composed, so that one A and one B can hold it all."""
+    if isinstance(adapter, Parts):
+        return all(_plain(part) for part in adapter.parts.values())
+    return isinstance(adapter, Chain) or set(adapter.state_dict()) == {"lora_A", "lora_B"}
 
 
-def joined(adapter: Parts) -> dict[str, Tensor]:
-    """Give the one pair (A, B) of a fused layer that PEFT would have: A stacked, B block by block, at the first part's scale."""
-    parts = {name: cast(Any, part) for name, part in adapter.parts.items()}
-    A = torch.cat([part.lora_A.detach() for part in parts.values()])
-    first = next(iter(parts.values()))
+def pair(adapter: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    """Give (A, B, s) of a composed adapter: links stacked, the parts of a fused layer block by block at the first one's s."""
+    if isinstance(adapter, Chain):
+        A, B, scale = pair(adapter.live)
+        return torch.cat([A, adapter.frozen_A.detach()]), torch.cat([B, adapter.frozen_B.detach()], dim=1), scale
+    if not isinstance(adapter, Parts):
+        plain = cast(Any, adapter)
+        return plain.lora_A.detach(), plain.lora_B.detach(), plain.scale
+    pairs = {name: pair(part) for name, part in adapter.parts.items()}
+    A = torch.cat([A for A, _, _ in pairs.values()])
+    scale = next(iter(pairs.values()))[2]
     B = A.new_zeros(adapter.out_features, len(A))
     column = 0
-    for name, part in parts.items():
-        r = part.lora_A.shape[0]
-        B[adapter.rows(name), column : column + r] = part.lora_B.detach() * (part.scale / first.scale)
-        column += r
-    return {"lora_A": A, "lora_B": B}
+    for name, (own_A, own_B, own_scale) in pairs.items():
+        B[adapter.rows(name), column : column + len(own_A)] = own_B * (own_scale / scale)
+        column += len(own_A)
+    return A, B, scale
 
 
 def _split(adapter: Parts, A: Tensor, B: Tensor) -> None:
+    """Undo `pair` for parts that are plain factors, as they are when they are loaded."""
     parts = {name: cast(Any, part) for name, part in adapter.parts.items()}
     first = next(iter(parts.values()))
     column = 0
@@ -108,11 +122,11 @@ def _split(adapter: Parts, A: Tensor, B: Tensor) -> None:
 
 
 def config_in_file(adapter: AbstractAdapter) -> Any:
-    """Give the configuration that the file's tensors of one layer have: the adapter's own, or that of the joined parts."""
-    if isinstance(adapter, Parts) and peft_format(adapter.config) and _plain(adapter):
-        parts = [cast(Any, part) for part in adapter.parts.values()]
-        r = sum(part.lora_A.shape[0] for part in parts)
-        first = parts[0].config
-        exponent = 0.5 if first.rank_stabilized else 1.0
-        return first.at(r, first.alpha * (r / first.r) ** exponent)
-    return adapter.config
+    """Give the configuration that the file's tensors of one layer have: the adapter's own, or that of the composed pair."""
+    if not (isinstance(adapter, Parts | Chain) and peft_format(adapter.config) and _plain(adapter)):
+        return adapter.config
+    first = adapter if isinstance(adapter, Chain) else next(iter(adapter.parts.values()))
+    config = cast(Any, first).config
+    r = len(pair(adapter)[0])
+    exponent = 0.5 if config.rank_stabilized else 1.0
+    return replace(config.at(r, config.alpha * (r / config.r) ** exponent), init="kaiming")

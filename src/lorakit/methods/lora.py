@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import AdditiveAdapter, Base, PeftFormat, Shape
+from ..core.chain import Chain
 from ..core.errors import UsageError
-from ._factors import factors, start
+from ..core.statistics import Statistics
+from ._factors import factors, start, starts_off_zero
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +50,12 @@ class LoRA:
         """Give the same with another rank and alpha."""
         return replace(self, r=r, alpha=alpha)
 
-    def build(self, shape: Shape) -> "LoRAAdapter":
+    def build(self, shape: Shape) -> AdditiveAdapter:
         """Make the adapter of one layer; its own config has alpha as a number."""
-        return LoRAAdapter(replace(self, alpha=float(2 * self.r if self.alpha is None else self.alpha)), shape)
+        alpha = float(2 * self.r if self.alpha is None else self.alpha)
+        adapter = LoRAAdapter(replace(self, alpha=alpha), shape)
+        off = starts_off_zero(self.init) and not shape.one_hot
+        return Chain(adapter, start_off=True) if off else adapter
 
 
 @final
@@ -71,9 +76,10 @@ class LoRAAdapter(AdditiveAdapter):
         # A tensor, not a float: torch.compile guards on floats and would compile again when alpha changes.
         self.register_buffer("scale", torch.tensor(scale), persistent=False)
 
-    def start(self, base: Base) -> None:
-        """Start at ΔW = 0."""
-        start(self.lora_A, self.lora_B, self.config.init, base, one_hot=self.one_hot)
+    def start(self, base: Base, statistics: Statistics | None = None) -> None:
+        """Fill A and B by the init."""
+        scale = float(self.scale)
+        start(self.lora_A, self.lora_B, self.config.init, base, scale=scale, one_hot=self.one_hot, statistics=statistics)
 
     def delta_weight(self) -> Tensor:
         """Give s·B·A."""
