@@ -29,7 +29,7 @@ from _common import (
     write_results,
 )
 
-ROWS = 4000
+ROWS, DEV_ROWS = 4000, 872  # 872 is all of dev.tsv
 SETTINGS: dict[str, Any] = {
     "r": 8,
     "alpha": 16,
@@ -53,7 +53,9 @@ def config(job: dict[str, Any], output: Path) -> Any:
     s = job["settings"]
     return c.RunConfig(
         model=c.ModelConfig(name=job["model"], dtype="float32"),
-        data=c.DataConfig(path=f"{job['data']}/train.tsv#{job['rows']}", valid=f"{job['data']}/dev.tsv"),
+        data=c.DataConfig(
+            path=f"{job['data']}/train.tsv#{job['rows']}", valid=f"{job['data']}/dev.tsv#{job['dev_rows']}"
+        ),
         method=c.MethodConfig.of(lk.LoRA(r=s["r"], alpha=s["alpha"])),
         optim=c.OptimConfig(
             lr=s["lr"], weight_decay=s["weight_decay"], schedule=s["schedule"], warmup=s["warmup"], clip=s["clip"]
@@ -81,7 +83,7 @@ def prepare(seed: int, work: Path, options: Any) -> dict[str, Any]:
     from lorakit.train.loop import random_seed
 
     s = {**SETTINGS, "max_length": 64} if options.tiny else SETTINGS
-    rows = 96 if options.tiny else ROWS
+    rows, dev_rows = (96, 48) if options.tiny else (ROWS, DEV_ROWS)
     name = options.model or "minilm"
     loaded = load(name, task="classification", dtype="float32", labels=["0", "1"], seed=seed, device="cpu")
     torch.manual_seed(seed)  # as train/run.py does before it attaches
@@ -95,6 +97,7 @@ def prepare(seed: int, work: Path, options: Any) -> dict[str, Any]:
         "model_directory": str(loaded.path),
         "data": str(options.data),
         "rows": rows,
+        "dev_rows": dev_rows,
         "seed": seed,
         "settings": s,
         "head": loaded.head_modules,
@@ -131,8 +134,8 @@ def peft(job: dict[str, Any], work: Path) -> dict[str, Any]:
 
     s, clock = job["settings"], StepClock()
     tokenizer = AutoTokenizer.from_pretrained(job["model_directory"])
-    train, dev = read_rows(Path(job["data"]) / "train.tsv", job["rows"]), read_rows(Path(job["data"]) / "dev.tsv")
-    train, dev = (tokenised(rows, tokenizer, s["max_length"]) for rows in (train, dev))
+    files = (("train.tsv", job["rows"]), ("dev.tsv", job["dev_rows"]))
+    train, dev = (tokenised(read_rows(Path(job["data"]) / f, n), tokenizer, s["max_length"]) for f, n in files)
     collate = DataCollatorWithPadding(tokenizer)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -178,11 +181,11 @@ def peft(job: dict[str, Any], work: Path) -> dict[str, Any]:
     }
 
 
-def read_rows(file: Path, count: int | None = None) -> list[dict[str, str]]:
-    """Read a GLUE file, `count` rows of it by a fixed draw."""
+def read_rows(file: Path, count: int) -> list[dict[str, str]]:
+    """Read `count` rows of a GLUE file, by a fixed draw."""
     with file.open(newline="", encoding="utf-8") as lines:
         rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
-    if count is None or count >= len(rows):
+    if count >= len(rows):
         return rows
     return [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), count))]
 
@@ -243,7 +246,7 @@ def report(runs: list[dict[str, Any]], job: dict[str, Any], where: dict[str, Any
     return "\n".join(
         [
             f"# SST-2, {job['model']}: lorakit and PEFT\n",
-            f"{job['rows']} training rows (`random.Random(0).sample` of the row numbers, sorted), the whole dev set, "
+            f"{job['rows']} training rows (`random.Random(0).sample` of the row numbers, sorted), {job['dev_rows']} dev rows, "
             f"{len(job['rates'])} steps of {s['batch_size']} rows, fp32, LoRA r {s['r']}, alpha {s['alpha']}, all linear layers, the "
             f"classifier in full ({job['trainable']:,} trainable parameters), AdamW, lr {s['lr']}, {s['schedule']}, warm-up "
             f"{s['warmup']}, clip {s['clip']}. Same start values, order of rows and dropout seeds on both sides.\n",
@@ -279,7 +282,7 @@ def main() -> None:
         run["loss_gap"] = abs(ends[0]["loss"] - ends[1]["loss"])
     where, job = environment(), jobs[0]
     text = report(runs, job, where)
-    facts = {key: job[key] for key in ("model", "rows", "settings", "head", "trainable")}
+    facts = {key: job[key] for key in ("model", "rows", "dev_rows", "settings", "head", "trainable")}
     content = {"benchmark": "sst2", "environment": where, **facts, "runs": runs}
     print(text, write_results("sst2", options.output, content, text).name, sep="\n")
     if any(run["accuracy_gap"] > WITHIN for run in runs):

@@ -325,7 +325,7 @@ def test_several_runs_show_what_differs_and_which_is_best(tmp_path: Path) -> Non
     assert re.findall(r'<tr class="differs"><th scope="row">(.*?)</th>', html) == ["train.seed"]
     assert "8 that agree" in text
     assert [t for tag, t in page.texts if t.endswith("★")] == [
-        f"{short(record(40, 40)['loss'])} ★",
+        f"{short(record(60, 60)['loss'])} ★",
         "0.05 ★",
     ]
     assert {f"c{i}" for i in (1, 2)} <= set(re.findall(r'class="line (c\d)"', html))
@@ -384,7 +384,8 @@ const result = {
   before, tip, first: plot.querySelector('.tip').innerText,
   width: innerWidth, overflow: document.documentElement.scrollWidth - innerWidth,
   background: getComputedStyle(document.body).backgroundColor,
-  lines: lines.length, lengths: lines.map(l => l.getTotalLength()), plot: [left, top, right, bottom], curves: lines.map(box),
+  lines: lines.length, lengths: lines.map(l => l.getTotalLength()),
+  plot: [left, top, right, bottom], curves: lines.map(box),
   strokes: Math.min(...lines.map(l => contrast(getComputedStyle(l).stroke, ground(l)))),
   faint: texts.map(e => [contrast(getComputedStyle(e).color, ground(e)), e.className, e.innerText.slice(0, 40)])
     .filter(([ratio]) => ratio < 4.5),

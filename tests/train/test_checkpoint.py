@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -49,6 +50,17 @@ def assert_whole(directory: Path, size: int = 64) -> int:
         assert tensors[stem].keys() == named.keys()
         assert all(torch.equal(tensors[stem][name], value) for name, value in named.items())
     return found.step
+
+
+@pytest.fixture
+def memory_disk(tmp_path: Path) -> Iterator[Path]:
+    """A directory in memory where there is one: tests that flush a thousand times need no real disk to be true."""
+    shared = Path("/dev/shm")
+    if not os.access(shared, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=shared) as directory:
+        yield Path(directory)
 
 
 def bytes_of(tensor: Tensor) -> list[int]:
@@ -288,7 +300,7 @@ def die() -> None:
 
 @pytest.mark.parametrize("exchange", [True, False])
 def test_kill_at_every_operation_leaves_a_whole_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
+    memory_disk: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
 ) -> None:
     if not exchange:  # a file system without renameat2(RENAME_EXCHANGE)
         monkeypatch.setattr(files, "_renameat2", lambda: None)
@@ -301,7 +313,7 @@ def test_kill_at_every_operation_leaves_a_whole_checkpoint(
 
     seen = set()
     for k in range(1, 1000):
-        directory = tmp_path / f"{k}"
+        directory = memory_disk / f"{k}"
         save(directory, 10)
         killed = ended(forked(lambda directory=directory, k=k: work(directory, k)))
         seen.add(assert_whole(directory))
@@ -325,15 +337,15 @@ def test_kill_inside_the_write_of_a_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert names(tmp_path) == ["step-000010", "step-000020"]
 
 
-def test_kill_at_random_instants(tmp_path: Path) -> None:
+def test_kill_at_random_instants(memory_disk: Path) -> None:
     rng = random.Random(1)
     size, step, kills = 20_000, 1, 0
-    save(tmp_path, step, size)
+    save(memory_disk, step, size)
 
     def work(ready: int, start: int) -> None:
         os.write(ready, b"!")
         for later in range(start + 1, start + 10_000):
-            save(tmp_path, later, size, keep=1)
+            save(memory_disk, later, size, keep=1)
 
     for _ in range(40):
         reader, writer = os.pipe()
@@ -344,7 +356,7 @@ def test_kill_at_random_instants(tmp_path: Path) -> None:
         kills += ended(child) == signal.SIGKILL
         os.close(reader)
         os.close(writer)
-        now = assert_whole(tmp_path, size)
+        now = assert_whole(memory_disk, size)
         assert now >= step
         step = now
     assert kills == 40
@@ -355,13 +367,13 @@ def test_kill_at_random_instants(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS])
-def test_failure_of_every_operation_is_reported_and_leaves_a_whole_checkpoint(tmp_path: Path, code: int) -> None:
+def test_failure_of_every_operation_is_reported_and_leaves_a_whole_checkpoint(memory_disk: Path, code: int) -> None:
     def fail() -> None:
         raise OSError(code, os.strerror(code))
 
     reported = 0
     for k in range(1, 1000):
-        directory = tmp_path / f"{k}"
+        directory = memory_disk / f"{k}"
         save(directory, 10)
         with pytest.MonkeyPatch.context() as patch:
             fired = fire_at(k, fail, patch)

@@ -7,30 +7,52 @@ list of known templates is needed, and a template that rewrites history (by stri
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..core.errors import DataError, UsageError
 from .formats import Chat
 from .messages import Message
 from .rows import RowError
-from .tokens import END, START, Codec, Rendered, Span, any_of
+from .tokens import END, START, Codec, Rendered, Span, any_of, mark
 
 if TYPE_CHECKING:
     import re
 
     from transformers import PreTrainedTokenizerBase
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 UNTRUSTED = ("user", "tool")  # roles whose text may come from anyone
 DATE = "26 Jul 2024"  # for templates that write today's date unless given one: the data must not change overnight
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Job:
+    """One call of the template, and what came of it."""
+
     messages: list[Message]
     tools: list[Any] | None
     prompt: bool  # whether the template's generation prompt is added
+    result: str | RowError = ""
+
+    def text(self) -> str:
+        if isinstance(self.result, RowError):
+            raise self.result
+        return self.result
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """The calls a conversation needs: the whole, and for each answer what is before it and what ends with it."""
+
+    whole: _Job
+    answers: list[tuple[_Job, _Job]]
+
+    def jobs(self) -> list[_Job]:
+        return [self.whole, *(job for pair in self.answers for job in pair if job is not self.whole)]
 
 
 class ChatTemplate:
@@ -52,50 +74,34 @@ class ChatTemplate:
 
     def render(self, chats: Sequence[Chat]) -> list[Rendered | RowError]:
         """Render conversations; one that the template refuses or rewrites gives its RowError instead."""
-        jobs: list[_Job] = []
-        plans: list[list[tuple[int, int, int]] | RowError] = []  # a trained turn: its number and its two jobs
-        for chat in chats:
-            try:
-                messages, tools = self._mark_chat(chat.messages), self._mark(chat.tools, self._trusted)
-            except RowError as error:
-                plans.append(error)
-                continue
-            plan, last = [], len(jobs)
-            jobs.append(_Job(messages, tools, prompt=False))
-            for turn in (turn for turn, trained in enumerate(chat.trained) if trained):
-                jobs.append(_Job(messages[:turn], tools, prompt=True))
-                if turn + 1 < len(messages):
-                    jobs.append(_Job(messages[: turn + 1], tools, prompt=False))
-                    plan.append((last, len(jobs) - 2, len(jobs) - 1))
-                else:
-                    plan.append((last, len(jobs) - 1, last))
-            plans.append(plan)
-        texts = self._run(jobs)
-        return [plan if isinstance(plan, RowError) else self._rendered(plan, texts) for plan in plans]
+        plans = [_attempt(self._plan, chat) for chat in chats]
+        self._run([job for plan in plans if isinstance(plan, _Plan) for job in plan.jobs()])
+        return [plan if isinstance(plan, RowError) else _attempt(self._rendered, plan) for plan in plans]
 
     def prompt_ids(self, messages: list[Message], tools: list[Any] | None = None) -> list[int]:
         """Tokenise a conversation up to where the model answers, exactly as training rows are. Raises DataError."""
-        job = _Job(self._mark_chat(messages), self._mark(tools, self._trusted), prompt=True)
-        text = self._run([job])[0]
-        if isinstance(text, RowError):
-            raise DataError(f"these messages cannot be rendered: {text}")
-        return self.codec.encode_rows([Rendered(text, [])])[0].ids
+        try:
+            job = _Job(self._mark_chat(messages), _mark(tools, self._trusted), prompt=True)
+            self._run([job])
+            return self.codec.encode_rows([Rendered(job.text(), [])])[0].ids
+        except RowError as error:
+            raise DataError(f"these messages cannot be rendered: {error}") from None
 
-    def _rendered(self, plan: list[tuple[int, int, int]], texts: list[str | RowError]) -> Rendered | RowError:
-        spans = []
-        for whole, before, after in plan:
-            rendered = [texts[whole], texts[before], texts[after]]
-            for text in rendered:
-                if isinstance(text, RowError):
-                    return text
-            try:
-                spans.append(self._answer(*rendered))  # ty: ignore[invalid-argument-type]
-            except RowError as error:
-                return error
-        whole = str(texts[plan[0][0]])
-        if any(mark in self.codec.unmark(whole) for mark in (START, END)):
-            return RowError("the chat template takes apart text that looks like a control token")
-        return Rendered(whole, spans)
+    def _plan(self, chat: Chat) -> _Plan:
+        messages, tools = self._mark_chat(chat.messages), _mark(chat.tools, self._trusted)
+        whole = _Job(messages, tools, prompt=False)
+        answers = []
+        for turn in (turn for turn, trained in enumerate(chat.trained) if trained):
+            before = _Job(messages[:turn], tools, prompt=True)
+            is_last = turn + 1 == len(messages)
+            answers.append((before, whole if is_last else _Job(messages[: turn + 1], tools, prompt=False)))
+        return _Plan(whole, answers)
+
+    def _rendered(self, plan: _Plan) -> Rendered:
+        whole = plan.whole.text()
+        if any(lone in self.codec.unmark(whole) for lone in (START, END)):
+            raise RowError("the chat template takes apart text that looks like a control token")
+        return Rendered(whole, [self._answer(whole, before.text(), after.text()) for before, after in plan.answers])
 
     def _answer(self, whole: str, before: str, after: str) -> Span:
         """Find the answer in the whole text: from the end of the prompt to the end-of-turn token."""
@@ -114,20 +120,18 @@ class ChatTemplate:
         ]
         return len(before), ends[-1] if ends else len(after)
 
-    def _run(self, jobs: Sequence[_Job]) -> list[str | RowError]:
-        texts: list[str | RowError] = [""] * len(jobs)
+    def _run(self, jobs: Sequence[_Job]) -> None:
+        """Run jobs, those without tools in one call for each setting."""
         for prompt in (False, True):
-            together = [i for i, job in enumerate(jobs) if job.prompt is prompt and not job.tools]
-            apart = [i for i, job in enumerate(jobs) if job.prompt is prompt and job.tools]
-            for group in (together, *([i] for i in apart)):
-                for i, text in zip(group, self._run_alike([jobs[i] for i in group]), strict=True):
-                    texts[i] = text
-        return texts
+            self._run_alike([job for job in jobs if job.prompt is prompt and not job.tools])
+        for job in jobs:
+            if job.tools:
+                self._run_alike([job])
 
-    def _run_alike(self, jobs: Sequence[_Job]) -> list[str | RowError]:
-        """Render conversations with the same settings in one call; if one fails, each by itself to find which."""
+    def _run_alike(self, jobs: Sequence[_Job]) -> None:
+        """Run jobs of the same setting and tools in one call; if one fails, each by itself to find which."""
         if not jobs:
-            return []
+            return
         try:
             texts: Any = self.tokenizer.apply_chat_template(
                 [job.messages for job in jobs],
@@ -136,37 +140,42 @@ class ChatTemplate:
                 add_generation_prompt=jobs[0].prompt,
                 **self._options,
             )
-            return texts
         except Exception as error:  # a template is a program; it can raise anything
+            jobs[0].result = RowError(f"the chat template refuses the messages: {error}")
             if len(jobs) > 1:
-                return [self._run_alike([job])[0] for job in jobs]
-            return [RowError(f"the chat template refuses the messages: {error}")]
+                for job in jobs:
+                    self._run_alike([job])
+            return
+        for job, text in zip(jobs, texts, strict=True):
+            job.result = text
 
     def _mark_chat(self, messages: Iterable[Message]) -> list[Message]:
         """Mark what looks like a control token: special tokens everywhere; from users and tools, all the template's."""
-        pattern = self.codec.control_pattern
-        return [
-            {
-                key: value
-                if key == "role"
-                else self._mark(value, pattern if message["role"] in UNTRUSTED else self._trusted)
-                for key, value in message.items()
-            }
-            for message in messages
-        ]
+        marked = []
+        for message in messages:
+            pattern = self.codec.control_pattern if message.get("role") in UNTRUSTED else self._trusted
+            marked.append({key: v if key == "role" else _mark(v, pattern) for key, v in message.items()})
+        return marked
 
-    def _mark(self, value: Any, pattern: "re.Pattern[str]") -> Any:
-        if isinstance(value, str):
-            if START in value or END in value:
-                raise RowError(f"the private character U+{ord(START):X} or U+{ord(END):X} stands in the text")
-            return pattern.sub(f"{START}\\g<0>{END}", value)
-        if isinstance(value, dict):
-            if any(pattern.search(str(key)) for key in value):
-                raise RowError("a control token is the name of a field")
-            return {key: self._mark(inner, pattern) for key, inner in value.items()}
-        if isinstance(value, list):
-            return [self._mark(inner, pattern) for inner in value]
-        return value
+
+def _attempt(step: Callable[[T], R], value: T) -> R | RowError:
+    try:
+        return step(value)
+    except RowError as error:
+        return error
+
+
+def _mark(value: Any, pattern: "re.Pattern[str]") -> Any:
+    """Mark every text inside a JSON value."""
+    if isinstance(value, str):
+        return mark(value, pattern)
+    if isinstance(value, dict):
+        if any(pattern.search(str(key)) for key in value):
+            raise RowError("a control token is the name of a field")
+        return {key: _mark(inner, pattern) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_mark(inner, pattern) for inner in value]
+    return value
 
 
 def _difference(expected: str, found: str) -> str:

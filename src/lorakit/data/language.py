@@ -1,6 +1,7 @@
 """Rows for a language model: conversations, prompts with completions, and documents, each to a Draft."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -27,10 +28,10 @@ def draft_chats(records: Sequence[tuple[Chat | Pair, str]], tokenizer: "PreTrain
     def render(chunk: list[Chat | Pair]) -> list[Rendered | RowError]:
         return template.render([record.chat() if isinstance(record, Pair) else record for record in chunk])
 
-    notices = []
+    draft = _draft(records, render, template.codec)
     if "strftime_now" in template.source and "date_string" not in template.source:
-        notices.append("the chat template writes today's date: the same rows are other tokens tomorrow")
-    return _draft(records, render, template.codec, None, template.fingerprint, None, notices)
+        draft.notices.append("the chat template writes today's date: the same rows are other tokens tomorrow")
+    return replace(draft, template=template.fingerprint)
 
 
 def draft_pairs(
@@ -43,7 +44,7 @@ def draft_pairs(
     def render(chunk: list[Pair]) -> list[Rendered | RowError]:
         return [_rendered_or_error(pair, format, codec) for pair in chunk]
 
-    return _draft(records, render, codec, codec.eos_id, None, format, [])
+    return replace(_draft(records, render, codec, end=codec.eos_id), prompt_format=format)
 
 
 def draft_documents(records: Sequence[tuple[Text, str]], tokenizer: "PreTrainedTokenizerBase") -> Draft:
@@ -70,11 +71,9 @@ def _draft(
     records: Sequence[tuple[R, str]],
     render: Callable[[list[R]], list[Rendered | RowError]],
     codec: Codec,
-    end: int | None,
-    template: str | None,
-    prompt_format: str | None,
-    notices: list[str],
+    end: int | None = None,
 ) -> Draft:
+    """Render and tokenise rows chunk by chunk; `end` is put behind each row and trained."""
     examples, bad, control, apart = Examples(), [], 0, 0
     for chunk in _chunks(records):
         good: list[tuple[Rendered, str]] = []
@@ -88,19 +87,10 @@ def _draft(
             apart += not encoded.whole
             ending = [] if end is None else [end]
             examples.add([*encoded.ids, *ending], [*encoded.trained, *(True for _ in ending)], where)
-    if apart:
-        notices = [*notices, f"in {apart} rows prompt and answer share a token: tokenised apart, as at generation"]
-    return Draft(
-        examples=examples,
-        fit=partial(cut, examples),
-        bad=bad,
-        control_rows=control,
-        end_tokens=codec.special_ids,
-        template=template,
-        prompt_format=prompt_format,
-        bos_id=codec.bos_id,
-        notices=notices,
-    )
+    share = f"in {apart} rows prompt and answer share a token: tokenised apart, as at generation"
+    notices = [share] if apart else []
+    fit = partial(cut, examples)
+    return Draft(examples, fit, bad, control, codec.special_ids, bos_id=codec.bos_id, notices=notices)
 
 
 def _rendered_or_error(pair: Pair, format: str, codec: Codec) -> Rendered | RowError:

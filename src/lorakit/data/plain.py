@@ -7,9 +7,10 @@ behind it, or the Alpaca form. The completion follows, then the end token.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..core.errors import DataError
 from .formats import Pair
 from .rows import RowError
-from .tokens import END, START, Codec, Rendered
+from .tokens import Codec, Rendered, mark
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,18 +34,19 @@ def write_prompt(format: str, prompt: str, system: str | None = None) -> str:
 
 def render_pair(pair: Pair, format: str, codec: Codec) -> Rendered:
     """Give the text of a pair with its completion to train. Raises RowError."""
-    prompt = _mark(write_prompt(format, pair.prompt, pair.system), codec)
-    text = prompt + _mark(pair.completion, codec)
+    prompt = mark(write_prompt(format, pair.prompt, pair.system), codec.control_pattern)
+    text = prompt + mark(pair.completion, codec.control_pattern)
     return Rendered(text, [(len(prompt), len(text))])
 
 
 def plain_prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str, format: str = PLACE) -> list[int]:
-    """Tokenise a prompt as training did: in its format, BOS in front if the tokenizer writes one, no control tokens."""
+    """Tokenise a prompt as training did: in its format, BOS in front if the tokenizer writes one, no control tokens.
+
+    Raises DataError.
+    """
     codec = Codec(tokenizer)
-    return codec.encode_rows([Rendered(_mark(write_prompt(format, prompt), codec), [])])[0].ids
-
-
-def _mark(text: str, codec: Codec) -> str:
-    if START in text or END in text:
-        raise RowError(f"the private character U+{ord(START):X} or U+{ord(END):X} stands in the text")
-    return codec.control_pattern.sub(f"{START}\\g<0>{END}", text)
+    try:
+        text = mark(write_prompt(format, prompt), codec.control_pattern)
+    except RowError as error:
+        raise DataError(f"this prompt cannot be tokenised: {error}") from None
+    return codec.encode_rows([Rendered(text, [])])[0].ids

@@ -20,6 +20,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from ..core.errors import DataError
+from .rows import RowError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -213,6 +214,13 @@ class Codec:
         bos = self.tokenizer.bos_token_id
         first = self.tokenizer("a")["input_ids"][0]
         return bos if bos is not None and first == bos else None
+
+
+def mark(text: str, pattern: re.Pattern[str]) -> str:
+    """Put marks around what the pattern finds in text from the data. Raises RowError if it holds a mark already."""
+    if START in text or END in text:
+        raise RowError(f"the private character U+{ord(START):X} or U+{ord(END):X} stands in the text")
+    return pattern.sub(f"{START}\\g<0>{END}", text)
 
 
 def any_of(texts: Collection[str]) -> re.Pattern[str]:

@@ -20,6 +20,7 @@ from ..models.modes import evaluating
 from ..optim.groups import scale_learning_rates
 from .adapter_state import adapter_tensors, restore_adapter
 from .checkpoint import optimizer_tensors, restore_optimizer, save_checkpoint
+from .controllers import Controller
 from .measure import memory_gb
 from .records import Records
 from .steps import Steps, Window
@@ -40,7 +41,7 @@ class Job:
     valid: Sequence[Example]
     steps: Steps
     optimizer: torch.optim.Optimizer
-    schedule: Callable[[int], float]
+    controller: Controller
     clip: float | None
     seed: int
     eval_steps: int | None
@@ -91,7 +92,7 @@ def fit(job: Job, state: State) -> State:
         if state.step >= job.steps.total or (job.patience is not None and state.worse >= job.patience):
             break
         window = job.steps[state.step]
-        scale_learning_rates(job.optimizer, job.schedule(state.step))
+        scale_learning_rates(job.optimizer, job.controller.schedule(state.step))
         loss, norm, weight = update(job, state, window)
         rows = [job.examples[i] for batch in window.batches for i in batch]
         state.step += 1
@@ -137,12 +138,16 @@ def update(job: Job, state: State, window: Window) -> tuple[float, float, int]:
         loss, _ = job.task.loss(job.model, batch)
         (loss / weight).backward()
         total += float(loss.detach())
+    penalty = job.controller.penalty()
+    if penalty is not None:
+        penalty.backward()
     parameters = [p for group in job.optimizer.param_groups for p in group["params"]]
     if state.step == 0:
         check_all_reached(job, parameters)
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, math.inf if job.clip is None else job.clip))
     check_finite(job, state, total / weight, norm, batches)
     job.optimizer.step()
+    job.controller.after_update(state.step, job.optimizer)
     job.optimizer.zero_grad(set_to_none=True)
     return total / weight, norm, weight
 
@@ -234,12 +239,19 @@ def save(job: Job, state: State, *, when_due: bool = False) -> None:
     due = job.save_steps > 0 and (state.step % job.save_steps == 0 or state.step == job.steps.total)
     if when_due and not due:
         return
-    tensors, scalars = optimizer_tensors(job.optimizer)
+    optimizer, optimizer_scalars = optimizer_tensors(job.optimizer)
+    controller, controller_scalars = job.controller.state()
+    adapter = adapter_tensors(job.model, job.adapter)
     save_checkpoint(
         job.directory / "checkpoints",
         state.step,
-        {"adapter": adapter_tensors(job.model, job.adapter), "optimizer": tensors},
-        {"state": vars(state), "optimizer": scalars, "identity": dict(job.identity)},
+        {"adapter": adapter, "optimizer": optimizer, "controller": controller},
+        {
+            "state": vars(state),
+            "optimizer": optimizer_scalars,
+            "controller": controller_scalars,
+            "identity": dict(job.identity),
+        },
         keep=job.keep_checkpoints,
         protect={state.best_step} if job.load_best and state.best_step is not None else (),
         config_hash=job.config_hash,
@@ -248,6 +260,7 @@ def save(job: Job, state: State, *, when_due: bool = False) -> None:
 
 def restore(job: Job, tensors: Mapping[str, Mapping[str, torch.Tensor]], saved: Mapping[str, Any]) -> State:
     """Put a checkpoint's tensors in place and give the state it was taken at."""
+    job.controller.restore(tensors["controller"], saved["controller"])
     restore_adapter(job.model, job.adapter, tensors["adapter"])
     restore_optimizer(job.optimizer, tensors["optimizer"], saved["optimizer"])
     return State(**saved["state"])

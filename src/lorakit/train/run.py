@@ -29,11 +29,13 @@ from ..models.load import load as load_model
 from ..models.modes import checkpoint_activations
 from ..models.packing import enable_packing
 from ..optim import OPTIMIZERS, parameter_groups, schedule
+from ..optim.schedules import warmup_steps
 from .adapter_state import restore_adapter
 from .checkpoint import latest, steps
 from .checkpoint import load as load_checkpoint
 from .config import RunConfig, as_tree
 from .config_file import dump
+from .controllers import CONTROLLERS, Controller, Nothing, Run
 from .loop import Job, State, fit, restore
 from .progress import Progress
 from .records import Records
@@ -268,6 +270,7 @@ class _Session:
 
     def _job(self, records: Records) -> Job:
         config, options = self.config, self.config.train
+        controller = self._controller()
         groups = parameter_groups(self.base.model, ADAPTER, config.optim)
         return Job(
             model=self.base.model,
@@ -277,7 +280,7 @@ class _Session:
             valid=self.valid.examples if self.valid else [],
             steps=self.steps,
             optimizer=OPTIMIZERS[config.optim.name](groups, config.optim),
-            schedule=schedule(config.optim.schedule, self.steps.total, config.optim.warmup),
+            controller=controller,
             clip=config.optim.clip,
             seed=options.seed,
             eval_steps=options.eval_steps,
@@ -293,6 +296,22 @@ class _Session:
             sample=partial(self._sample, records),
             first_step=self._prove_saving,
         )
+
+    def _controller(self) -> Controller:
+        """Start the configured controller, or the one that the method brings along."""
+        optim, name = self.config.optim, self.config.train.controller
+        around = Run(
+            self.base.model,
+            ADAPTER,
+            self.steps.total,
+            schedule(optim.schedule, self.steps.total, optim.warmup),
+            warmup_steps(self.steps.total, optim.warmup),
+            self.config.train.seed,
+        )
+        if name is None:
+            brought = [n for n in CONTROLLERS if vars(CONTROLLERS.module(n)).get("METHOD_NAME") == self.config.method.name]
+            name = brought[0] if brought else None
+        return CONTROLLERS[name]().start(around) if name else Nothing(around)
 
     @cached_property
     def _identity(self) -> dict[str, str | None]:
