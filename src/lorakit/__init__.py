@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .api import train
     from .core.adapter import AbstractAdapter, AdditiveAdapter, Method
     from .core.attach import active, adapters, attach, detach, disabled, names, trainable, use
     from .core.errors import LorakitError
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from .core.target import Target
     from .interop.adapter_directory import load, save
     from .methods.lora import LoRA
-    from .train.run import train
 
 __version__ = "0.1.0"
 
@@ -47,6 +47,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "api": ("train",),
     "core.adapter": ("AbstractAdapter", "AdditiveAdapter", "Method"),
     "core.attach": ("active", "adapters", "attach", "detach", "disabled", "names", "trainable", "use"),
     "core.errors": ("LorakitError",),
@@ -56,7 +57,6 @@ _MODULES = {
     "core.target": ("Target",),
     "interop.adapter_directory": ("load", "save"),
     "methods.lora": ("LoRA",),
-    "train.run": ("train",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorakit.core.errors import UsageError
@@ -20,6 +20,7 @@ LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=60)
 NUMBER = st.integers(0, 2**40)
 
 
+@settings(deadline=None)
 @given(
     lengths=LENGTHS,
     seed=NUMBER,
@@ -47,6 +48,12 @@ def test_each_epoch_visits_each_row_once_within_the_budget(lengths, seed, epoch,
     assert len(steps) == steps_per_epoch(seed, epoch, lengths, **options, accumulate=accumulate)
 
 
+def test_a_budget_is_filled_to_the_last_token():
+    assert [len(batch) for batch in epoch_plan(0, 0, [5] * 5, batch_tokens=10)] == [2, 2, 1]
+    assert [len(batch) for batch in epoch_plan(0, 0, [11, 12], batch_tokens=10)] == [1, 1]
+
+
+@settings(deadline=None)
 @given(seed=NUMBER, epoch=st.integers(0, 50), lengths=LENGTHS)
 def test_the_order_depends_on_seed_and_epoch_alone(seed, epoch, lengths):
     torch.manual_seed(7)
@@ -82,6 +89,7 @@ ROW = st.lists(st.tuples(TOKEN, st.booleans()), min_size=1, max_size=12).map(
 PAD = 2  # also an ordinary token of the rows, as where pad is the end token
 
 
+@settings(deadline=None)
 @given(rows=st.lists(ROW, min_size=1, max_size=6))
 def test_packed_rows_come_apart_again(rows):
     inputs, lengths = collate_packed(rows)
@@ -100,6 +108,7 @@ def test_no_row_is_predicted_from_the_one_before_it():
     assert collate_packed(rows)[0]["labels"].tolist() == [[-100, 2, -100, 4]]
 
 
+@settings(deadline=None)
 @given(rows=st.lists(ROW, min_size=1, max_size=6))
 def test_padding_is_masked_by_length_though_the_pad_token_occurs_in_rows(rows):
     inputs, lengths = collate_padded(rows, PAD)
@@ -112,6 +121,7 @@ def test_padding_is_masked_by_length_though_the_pad_token_occurs_in_rows(rows):
         assert inputs["attention_mask"][i].tolist() == [1] * length + [0] * rest
 
 
+@settings(deadline=None)
 @given(
     rows=st.lists(st.tuples(st.lists(TOKEN, min_size=1, max_size=9), st.integers(0, 3)), min_size=1, max_size=6),
     types=st.booleans(),

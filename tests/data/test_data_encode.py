@@ -168,6 +168,7 @@ def test_long_conversations_keep_their_head_and_rows_without_an_answer_are_dropp
     assert "train.max_length" in str(error.value)
 
 
+@settings(deadline=None)
 @given(values=st.lists(st.integers(0, 100), min_size=1, max_size=60), share=st.sampled_from([0.5, 0.9, 0.99, 1.0]))
 def test_a_percentile_is_the_smallest_value_that_covers_the_share(values, share):
     expected = min(v for v in values if sum(w <= v for w in values) >= share * len(values) - 1e-9)
@@ -206,6 +207,13 @@ def test_counts_duplicates_overlap_and_fingerprint(chatml):
         for other in (rows, rows[::-1], rows[:3], rows_of(chat("ab", "b"), *(r.fields for r in rows[1:])))
     }
     assert len(prints) == 4
+
+
+def test_rows_made_in_python(chatml):
+    dataset = encode(Rows.of([chat("a", "b"), chat("c", "d")]), chatml)
+    assert [example.where for example in dataset.examples] == ["row 1", "row 2"]
+    with pytest.raises(DataError, match="row 2  no column 'messages'"):
+        encode(Rows.of([chat("a", "b"), {"text": "c"}]), chatml)
 
 
 def test_examples_behave_as_a_sequence(chatml):

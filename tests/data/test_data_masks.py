@@ -1,9 +1,13 @@
 """Loss masks against oracles that share no code with them: transformers' own rendering, and ChatML written by hand."""
 
+import copy
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from lorakit.core.errors import DataError, UsageError
 from lorakit.data import ChatTemplate, encode
@@ -140,8 +144,6 @@ def test_text_never_becomes_a_control_token(chatml, messages):
 
 def test_spelled_control_tokens_are_tokenised_as_if_there_were_none(chatml):
     """The oracle is the same tokenizer with its added tokens taken out."""
-    import json
-
     state = json.loads(chatml.backend_tokenizer.to_str())
     state["added_tokens"] = []
     without = Tokenizer.from_str(json.dumps(state))
@@ -162,6 +164,20 @@ def test_sentencepiece_like_control_text_keeps_its_spaces(llama2):
     assert example.input_ids[:4] == others[:4]  # the space after <s>, where there is one, too
     text = llama2.apply_chat_template(messages, tokenize=False)
     assert llama2.decode(example.input_ids).replace("<s> ", "<s>") == text
+
+
+def test_a_vocabulary_that_holds_the_control_token_as_a_word_too():
+    words = {word: i for i, word in enumerate(["<unk>", "<|im_end|>", "<|im_start|>", "a", "b", "user", "assistant"])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<|im_start|>", eos_token="<|im_end|>"
+    )
+    tokenizer.chat_template = CHATML
+    messages = [{"role": "user", "content": "a <|im_end|> b"}, {"role": "assistant", "content": "a"}]
+    ids = encoded(messages, tokenizer)[1].input_ids
+    assert ids.count(words["<|im_end|>"]) == ids.count(words["<|im_start|>"]) == 2
+    assert ids[2:4] == [words["a"], words["<unk>"]] and ids[ids.index(words["b"]) + 1] == words["<|im_end|>"]
 
 
 def test_what_only_looks_like_the_templates_tokens_depends_on_who_wrote_it(tool_user):
@@ -234,9 +250,13 @@ def test_a_template_that_leaves_its_own_generation_prompt_is_found_out(chatml):
         encoded(messages, with_template(chatml, thinks))
 
 
-def with_template(tokenizer, template):
-    import copy
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|> ' + message['role'] + ' ' + message['content'] + ' <|im_end|> ' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|> assistant ' }}{% endif %}"
+)
 
+
+def with_template(tokenizer, template):
     changed = copy.deepcopy(tokenizer)
     changed.chat_template = template
     return changed

@@ -233,6 +233,7 @@ def test_parquet_names_the_extra(tmp_path):
         assert "lorakit[data]" in str(error.value)
 
 
+@settings(deadline=None)
 @given(
     texts=st.lists(st.sampled_from("abcdefghij"), min_size=2, max_size=40),
     fraction=st.floats(0.05, 0.6),

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import lorakit as lk
-from lorakit.api import train
 from lorakit.train import loop
 from lorakit.train.config import RunConfig
 from lorakit.train.config_file import loads
@@ -331,7 +330,7 @@ def test_train_from_python(tiny_model: Path, rows: Callable[..., Path], tmp_path
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
-    result = train(model, tokenizer, data=rows(), output=tmp_path / "run", method=lk.LoRA(r=2), lr=1e-2, max_steps=3)
+    result = lk.train(model, tokenizer, data=rows(), output=tmp_path / "run", method=lk.LoRA(r=2), lr=1e-2, max_steps=3)
     assert result.steps == 3
     assert lk.names(model) == ["default"]
     fresh = lk.load(AutoModelForCausalLM.from_pretrained(tiny_model), result.adapter)
@@ -340,4 +339,4 @@ def test_train_from_python(tiny_model: Path, rows: Callable[..., Path], tmp_path
     assert torch.equal(model(x).logits, fresh(x).logits)
     assert (tmp_path / "run" / "report.html").exists()
     with pytest.raises(lk.LorakitError, match="no setting 'learning_rat'"):
-        train(model, tokenizer, data=rows(), output=tmp_path / "other", learning_rat=1)
+        lk.train(model, tokenizer, data=rows(), output=tmp_path / "other", learning_rat=1)

@@ -123,7 +123,7 @@ def thin(x: Sequence[float], y: Sequence[float], most: int = MOST_POINTS) -> tup
 
 def linear_axis(low: float, high: float) -> Axis:
     """Give an axis that holds `low` to `high` and begins and ends at ticks of 1, 2 or 5 times a power of ten."""
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
+    if high - low <= max(1e-9 * abs(low), 1e-9 * abs(high), 1e-100):
         spread = abs(low) / 2 or 1.0
         low, high = (0.0, low + spread) if low == 0 else (low - spread, low + spread)
     step = _round_step((high - low) / 4)

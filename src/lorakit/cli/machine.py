@@ -28,11 +28,18 @@ def memory_available(cgroup: Path = CGROUP) -> int:
     return free
 
 
-def set_threads() -> int:
-    """Let torch use the cores there are, no more; OMP_NUM_THREADS wins. Gives the number of threads.
+def wait_politely() -> None:
+    """Let threads that wait for each other sleep; has to be called before torch is imported.
 
-    More threads than cores wait for each other in busy loops, which costs several times the work itself.
+    OpenMP's default is to wait in a busy loop. Alone on a machine that gains little; beside another busy process it
+    burns the cores that the other threads need (measured on two shared cores: twice the time, twice the work).
     """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+def set_threads() -> int:
+    """Let torch use the cores there are, no more; OMP_NUM_THREADS wins. Gives the number of threads."""
     import torch
 
     if not os.environ.get("OMP_NUM_THREADS"):

@@ -12,6 +12,7 @@ import typer
 from .. import __version__
 from . import chat, data, doctor, evaluate, generate, init, inspect, merge, plan, quickstart, report, schema, train
 from .errors import exit_code, show
+from .machine import wait_politely
 from .output import set_verbosity
 
 EPILOG = (
@@ -91,6 +92,7 @@ def common(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
+    wait_politely()
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 

@@ -38,8 +38,6 @@ def split(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
             value = _value(flag, key, rest)
         if key == "config":
             files.append(value)
-        elif flag.startswith("--no-"):
-            overrides.append(f"{key}=false")
         else:
             overrides.append(f"{key}={value}")
     if len(files) > 1:
@@ -89,6 +87,8 @@ def _config_file(path: Path) -> Path:
 def _value(flag: str, key: str, rest: list[str]) -> str:
     """Take a flag's value off the command line; a flag that is true or false may stand alone."""
     if flag.startswith("--no-"):
+        if not _is_switch(key):
+            raise UsageError(f"unknown option {flag}", why=f"{key} is no switch", fix=f"--{key} VALUE")
         return "false"
     if _is_switch(key):
         return rest.pop(0) if rest and rest[0].lower() in ("true", "false") else "true"

@@ -28,7 +28,7 @@ def fold(opened: "Opened", dtype: str) -> dict[str, Any]:
 
     max_logit_difference: largest |logit of base and adapter - logit of the merged model| over the prompts
     top1_agreement: share of positions where both have the same likeliest token
-    relative_delta_error: |W_merged - W_base - delta| / |delta| over all adapted weights (Frobenius norm)
+    relative_delta_error: |W_merged - W| / |W - W_base| over all adapted weights, W = W_base + delta (Frobenius norm)
     weights_changed: share of the adapted weights that differ from the base's
     """
     import torch
@@ -49,9 +49,8 @@ def fold(opened: "Opened", dtype: str) -> dict[str, Any]:
             changed = 0
             for key, new in base_weights(layer):
                 old, rounded = olds[key], new.to(kind).float()
-                delta = (new - old).double()
-                total["delta"] += float(delta.square().sum())
-                total["error"] += float((rounded.double() - old - delta).square().sum())
+                total["delta"] += float((new.double() - old).square().sum())
+                total["error"] += float((rounded.double() - new).square().sum())
                 changed += int((rounded != old.to(kind).float()).sum())
                 total["weights"] += new.numel()
             total["changed"] += changed

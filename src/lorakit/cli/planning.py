@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from .machine import memory_available
+from .opened import ADAPTER
 
 if TYPE_CHECKING:
     from ..core.summary import Summary
@@ -91,9 +92,10 @@ def requirement(config: "RunConfig", data: "Dataset", model: Any) -> "Estimate":
     """Estimate memory and work of one step on the longest rows."""
     from ..models.load import pick_device
     from ..models.memory import estimate
+    from ..models.modes import checkpoint_activations
 
     if config.train.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     length = max(data.lengths)
     rows = max(1, config.train.batch_tokens // length) if config.train.batch_tokens else config.train.batch_size
     share = data.stats.trained_tokens / data.stats.tokens
@@ -148,8 +150,9 @@ def _data(config: "RunConfig") -> tuple["Dataset", "Dataset | None"]:
 
 def adapted_skeleton(config: "RunConfig", data: "Dataset", path: Any) -> tuple[Any, "Summary"]:
     """Give the model without weights, the adapter attached, and what it amounts to."""
-    from ..core.attach import attach
+    from ..core.attach import place, trainable, use
     from ..core.summary import summary
+    from ..core.target import Target
     from ..models.skeleton import skeleton
 
     classify = data.labels is not None
@@ -160,8 +163,9 @@ def adapted_skeleton(config: "RunConfig", data: "Dataset", path: Any) -> tuple[A
         body = f"{model.base_model_prefix}."
         head = {name.rpartition(".")[0] for name, _ in model.named_parameters() if not name.startswith(body)}
         fields["modules_to_save"] = sorted({*(fields["modules_to_save"] or ()), *head})
-    attach(model, config.method.config, **fields)
-    return model, summary(model)
+    place(model, config.method.config, Target(**fields), ADAPTER)  # not `attach`: start values need weights
+    trainable(use(model, ADAPTER), ADAPTER)
+    return model, summary(model, ADAPTER)
 
 
 def _rows(config: "RunConfig", data: "Dataset") -> float:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 MODEL = "smollm2"
 ROWS, HELD_OUT, ASKED, NEEDED = 240, 40, 16, 14
+STEPS = 39
 MAX_TOKENS = 44  # a ticket has about 30
 
 
@@ -26,7 +27,7 @@ def quickstart(
 
     It learns to turn orders into JSON tickets; you see what it answers before and after. Needs no network.
     """
-    from ..train.run import run
+    from ..api import run
     from ..train.run_directory import RunDirectory
     from .machine import set_threads
 
@@ -62,7 +63,7 @@ def configuration(data: Path, output: Path, seed: int) -> "RunConfig":
         data=c.DataConfig(path=str(data)),
         method=c.MethodConfig.of(method, Target(last_n_layers=12)),
         optim=c.OptimConfig(lr=1e-3, schedule="linear"),
-        train=c.TrainOptions(task="sft", batch_size=8, max_steps=39, save_steps=13, eval_steps=0, seed=seed),
+        train=c.TrainOptions(task="sft", batch_size=8, max_steps=STEPS, save_steps=13, eval_steps=0, seed=seed),
         output=str(output),
     )
 

@@ -48,7 +48,7 @@ def train(
     if resume and not any((directory / "checkpoints").glob("step-*")):
         raise UsageError(f"--resume: {directory} holds no unfinished run with a checkpoint", fix="leave --resume out")
     note(f"training in {directory} ({threads} threads)")
-    from ..train.run import run
+    from ..api import run
 
     done = run(config, overwrite=overwrite)
     show_result(done, json=json)

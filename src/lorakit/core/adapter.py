@@ -6,7 +6,7 @@ Every class is either abstract or final, and an implemented method is never over
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, Protocol, Self, final, runtime_checkable
 
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ class Shape(NamedTuple):
     out_features: int
     in_features: int
     one_hot: bool = False
+    bias: bool = True
+    """Whether the layer has a bias (out,) too."""
 
 
 class Base(Protocol):
@@ -38,6 +40,10 @@ class Base(Protocol):
 
     def plus_bias(self, y: Tensor) -> Tensor:
         """Add the layer's bias, if it has one."""
+        ...
+
+    def without_bias(self, y: Tensor) -> Tensor:
+        """Take the layer's bias off again, if it has one."""
         ...
 
     def matrix(self) -> Tensor:
@@ -63,7 +69,7 @@ class AbstractAdapter(nn.Module, ABC):
         adapter(x, base) == base.project(x, adapter.merge(base.matrix())) + adapter.merge_bias(bias)
 
     A method that cannot be folded into the weight (it is not linear in x, or looks at more than one token) raises UsageError
-    with the reason in `merge`; `MERGEABLE` says so beforehand.
+    with the reason in `merge`; `mergeable()` says so beforehand.
     """
 
     MERGEABLE: ClassVar[bool] = True
@@ -89,6 +95,18 @@ class AbstractAdapter(nn.Module, ABC):
     def merge_bias(self, bias: Tensor | None) -> Tensor | None:
         """Give the adapted bias (out,) for the base's; most methods leave it alone."""
         return bias
+
+    def mergeable(self) -> bool:
+        """Whether there is a matrix and a bias that do what this adapter does."""
+        return self.MERGEABLE
+
+    def compact(self) -> "AbstractAdapter":
+        """Give the adapter as it is saved: itself, or a smaller one that computes the same (AdaLoRA without what it pruned)."""
+        return self
+
+    def shared_tensors(self) -> dict[str, Tensor]:
+        """Give the tensors outside the state dict that every layer's adapter holds, to be saved once (VeRA's projections)."""
+        return {}
 
     def roles(self) -> dict[str, str]:
         """Give each of this adapter's parameter names its role; a name without a role is a mistake in the method."""
@@ -125,12 +143,19 @@ class PeftFormat:
     tensors: own parameter name -> name in the file, after the layer's path (as on a Linear layer).
     fields: own hyper-parameter -> field of `adapter_config.json`.
     constants: fields with a fixed value, by which methods that share a `peft_type` are told apart.
+    ignored: fields that change nothing about what the tensors compute; written with these values, read with any.
+    masked: (tensor, own field) where PEFT's `rank_pattern` is no pattern of ranks but, by tensor, a list of booleans that
+        says which of its rows are in the file; the field is the length of that list.
+    only_with_side_file: to PEFT this is another method; `lorakit.json` alone tells them apart.
     """
 
     peft_type: str
     tensors: Mapping[str, str]
     fields: Mapping[str, str]
-    constants: Mapping[str, object]
+    constants: Mapping[str, object] = field(default_factory=dict)
+    ignored: Mapping[str, object] = field(default_factory=dict)
+    masked: tuple[str, str] | None = None
+    only_with_side_file: bool = False
 
 
 @runtime_checkable

@@ -174,11 +174,20 @@ def place(model: nn.Module, method: Method, target: Target, name: str) -> None:
     """Build adapter `name` on the targeted layers, not started, not active. Nothing changes if anything is wrong."""
     _check_name(model, name)
     built: list[tuple[nn.Module, nn.Module]] = []
+    refused: list[tuple[str, UsageError]] = []
     for spot in places(model, method, target):
         weight = cast(Kind, spot.layer).weight
         # fp32 parameters also on a bf16 or quantized base: AdamW's small steps would be lost in bf16. fp64 stays fp64.
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        built.append((spot.layer, spot.build().to(weight.device, dtype)))
+        try:
+            built.append((spot.layer, spot.build().to(weight.device, dtype)))
+        except UsageError as error:
+            refused.append((spot.path, error))
+    if refused:
+        first = refused[0][1]
+        paths = [path for path, _ in refused]
+        more = f" and {len(paths) - 8} more" if len(paths) > 8 else ""
+        raise UsageError(first.what, why=first.why, fix=first.fix, where=f"layers {', '.join(paths[:8])}{more}")
     built += [(module, Replacement(module)) for _, module in saved_modules(model, target)]
     for layer, adapter in built:
         _adapt(layer).adapters[name] = adapter

@@ -29,8 +29,9 @@ class Chain(AdditiveAdapter):
         super().__init__()
         self.live, self.config, self.start_off = live, live.config, start_off
         A, B = self.factors()
-        self.frozen_A = nn.Parameter(A.detach().new_empty(0, A.shape[1]), requires_grad=False)
-        self.frozen_B = nn.Parameter(B.detach().new_empty(B.shape[0], 0), requires_grad=False)
+        r = len(A) if start_off else 0  # room for the start, so that the shapes are known before it is
+        self.frozen_A = nn.Parameter(A.detach().new_zeros(r, A.shape[1]), requires_grad=False)
+        self.frozen_B = nn.Parameter(B.detach().new_zeros(B.shape[0], r), requires_grad=False)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Give the live A and B."""
@@ -48,11 +49,14 @@ class Chain(AdditiveAdapter):
         self.frozen_A = nn.Parameter(torch.cat([self.frozen_A, A]), requires_grad=False)
         self.frozen_B = nn.Parameter(torch.cat([self.frozen_B, sign * B], dim=1), requires_grad=False)
 
+    @torch.no_grad()
     def start(self, base: Base, statistics: Statistics | None = None) -> None:
-        """Start the live adapter."""
+        """Start the live adapter, and take its start off if asked to."""
         self.live.start(base, statistics)
         if self.start_off:
-            self.freeze(sign=-1.0)
+            A, B = self.factors()
+            self.frozen_A.copy_(A)
+            self.frozen_B.copy_(-B)
 
     def delta_weight(self) -> Tensor:
         """Give the live change plus the frozen one."""

@@ -124,11 +124,9 @@ class Parts(AbstractAdapter):
         return self.get_buffer(f"rows_{name}")
 
     def start(self, base: Base, statistics: Statistics | None = None) -> None:
-        """Start each part. They share their inputs; the gradient of a part is its rows of the whole's."""
+        """Start each part."""
         for name, part in self.parts.items():
-            own = statistics
-            if statistics is not None and statistics.gradient is not None:
-                own = Statistics(statistics.inputs, statistics.gradient[self.rows(name)])
+            own = None if statistics is None else statistics.rows(self.rows(name))
             part.start(_Rows(base, self.rows(name)), own)
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
@@ -146,6 +144,28 @@ class Parts(AbstractAdapter):
         for name, part in self.parts.items():
             merged[self.rows(name)] = part.merge(weight[self.rows(name)])
         return merged
+
+    def merge_bias(self, bias: Tensor | None) -> Tensor | None:
+        """Merge each part's entries."""
+        if bias is None:
+            return None
+        merged = bias.clone()
+        for name, part in self.parts.items():
+            merged[self.rows(name)] = part.merge_bias(bias[self.rows(name)])
+        return merged
+
+    def mergeable(self) -> bool:
+        """Whether every part is."""
+        return all(part.mergeable() for part in self.parts.values())
+
+    def compact(self) -> "Parts":
+        """Give the compact parts."""
+        parts = {name: part.compact() for name, part in self.parts.items()}
+        return Parts(parts, {name: self.rows(name) for name in parts}, self.out_features)
+
+    def shared_tensors(self) -> dict[str, Tensor]:
+        """Give what the parts share."""
+        return {name: t for part in self.parts.values() for name, t in part.shared_tensors().items()}
 
     def roles(self) -> dict[str, str]:
         """Give the parts' roles."""
@@ -166,8 +186,13 @@ class _Rows:
         return self.base.linear(x).index_select(-1, self._rows)
 
     def plus_bias(self, y: Tensor) -> Tensor:
-        full = y.new_zeros(*y.shape[:-1], self.base.matrix().shape[0]).index_copy(-1, self._rows, y)
-        return self.base.plus_bias(full).index_select(-1, self._rows)
+        return self.base.plus_bias(self._whole(y)).index_select(-1, self._rows)
+
+    def without_bias(self, y: Tensor) -> Tensor:
+        return self.base.without_bias(self._whole(y)).index_select(-1, self._rows)
+
+    def _whole(self, y: Tensor) -> Tensor:
+        return y.new_zeros(*y.shape[:-1], self.base.matrix().shape[0]).index_copy(-1, self._rows, y)
 
     def matrix(self) -> Tensor:
         return self.base.matrix()[self._rows]

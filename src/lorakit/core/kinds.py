@@ -6,19 +6,20 @@
     Embedding     (vocab, dim)           weight^T                 M^T[x]     (the input is one-hot)
     Conv1d/2d/3d  (out, in, *kernel)     weight.flatten(1)        the same convolution with k output channels
 
-A method that uses only these verbs works on every kind. A new kind is a mixin and a `kind.register` line.
+A method that uses only these verbs works on every kind. A new kind is a mixin and a `kind_of.register` line.
 """
 
 import sys
 from functools import singledispatch
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .adapter import Shape
 from .errors import UsageError
-from .weight import dense, store
+from .weight import dense, learn, store
 
 
 class Kind(nn.Module):
@@ -35,13 +36,25 @@ class Kind(nn.Module):
         """Give W (out, in)."""
         raise NotImplementedError
 
+    def laid_out(self, matrix: Tensor) -> Tensor:
+        """Give a float tensor in the shape of this layer's weight whose matrix is `matrix`."""
+        raise NotImplementedError
+
     def stored(self, matrix: Tensor) -> Tensor:
         """Give a weight for this layer, in its own shape and storage format, whose matrix is `matrix`."""
-        raise NotImplementedError
+        return store(self.weight, self.laid_out(matrix))
 
     def project(self, x: Tensor, matrix: Tensor) -> Tensor:
         """Run the layer's linear map with the matrix (k, in)."""
         raise NotImplementedError
+
+    def input_rows(self, x: Tensor) -> Tensor:
+        """Give what the matrix multiplies, one vector a row: (n, in)."""
+        return x.reshape(-1, x.shape[-1])
+
+    def output_rows(self, y: Tensor) -> Tensor:
+        """Give the channels of the output, one vector a row: (n, out), in the order of `input_rows`."""
+        return y.reshape(-1, y.shape[-1])
 
     def mix(self, h: Tensor, matrix: Tensor) -> Tensor:
         """Mix k channels into `out` channels by the matrix (out, k)."""
@@ -65,15 +78,15 @@ class LinearKind(Kind):
 
     def shape(self) -> Shape:
         """Give (out, in)."""
-        return Shape(int(self.out_features), int(self.in_features))
+        return Shape(int(self.out_features), int(self.in_features), bias=self.bias is not None)
 
     def matrix(self) -> Tensor:
         """Give the weight itself."""
         return dense(self.weight)
 
-    def stored(self, matrix: Tensor) -> Tensor:
-        """Store as is."""
-        return store(self.weight, matrix)
+    def laid_out(self, matrix: Tensor) -> Tensor:
+        """Leave it as it is."""
+        return matrix
 
     def project(self, x: Tensor, matrix: Tensor) -> Tensor:
         """Compute x M^T."""
@@ -86,15 +99,15 @@ class Conv1DKind(Kind):
     def shape(self) -> Shape:
         """Give (out, in)."""
         inner, outer = self.weight.shape
-        return Shape(outer, inner)
+        return Shape(outer, inner, bias=self.bias is not None)
 
     def matrix(self) -> Tensor:
         """Give weight^T."""
         return dense(self.weight).T
 
-    def stored(self, matrix: Tensor) -> Tensor:
-        """Store transposed."""
-        return store(self.weight, matrix.T.contiguous())
+    def laid_out(self, matrix: Tensor) -> Tensor:
+        """Transpose it."""
+        return matrix.T.contiguous()
 
     def project(self, x: Tensor, matrix: Tensor) -> Tensor:
         """Compute x M^T."""
@@ -108,19 +121,23 @@ class EmbeddingKind(Kind):
 
     def shape(self) -> Shape:
         """Give (dim, vocab)."""
-        return Shape(int(self.embedding_dim), int(self.num_embeddings), one_hot=True)
+        return Shape(int(self.embedding_dim), int(self.num_embeddings), one_hot=True, bias=False)
 
     def matrix(self) -> Tensor:
         """Give weight^T."""
         return dense(self.weight).T
 
-    def stored(self, matrix: Tensor) -> Tensor:
-        """Store transposed."""
-        return store(self.weight, matrix.T.contiguous())
+    def laid_out(self, matrix: Tensor) -> Tensor:
+        """Transpose it."""
+        return matrix.T.contiguous()
 
     def project(self, x: Tensor, matrix: Tensor) -> Tensor:
         """Look the ids x up in M^T."""
         return F.embedding(x, matrix.T, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+
+    def input_rows(self, x: Tensor) -> Tensor:
+        """Refuse: the rows are one-hot, as long as the vocabulary."""
+        raise UsageError("an embedding's inputs are token ids, not vectors that could be measured")
 
 
 class ConvKind(Kind):
@@ -128,15 +145,15 @@ class ConvKind(Kind):
 
     def shape(self) -> Shape:
         """Give (out, in * kernel)."""
-        return Shape(self.weight.shape[0], self.weight[0].numel())
+        return Shape(self.weight.shape[0], self.weight[0].numel(), bias=self.bias is not None)
 
     def matrix(self) -> Tensor:
         """Give weight.flatten(1)."""
         return dense(self.weight).flatten(1)
 
-    def stored(self, matrix: Tensor) -> Tensor:
-        """Store in the kernel's shape."""
-        return store(self.weight, matrix.reshape(self.weight.shape))
+    def laid_out(self, matrix: Tensor) -> Tensor:
+        """Give it the kernel's shape."""
+        return matrix.reshape(self.weight.shape)
 
     def project(self, x: Tensor, matrix: Tensor) -> Tensor:
         """Convolve with k output channels, same stride, padding and dilation."""
@@ -148,27 +165,37 @@ class ConvKind(Kind):
         convolve = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1]
         return convolve(h, matrix.reshape(*matrix.shape, *[1] * spatial))
 
+    def input_rows(self, x: Tensor) -> Tensor:
+        """Cut the patches that the kernel sees: a convolution with the identity matrix."""
+        one = torch.eye(self.weight[0].numel(), dtype=x.dtype, device=x.device)
+        return ConvKind.output_rows(self, ConvKind.project(self, x, one))
+
+    def output_rows(self, y: Tensor) -> Tensor:
+        """Move the channels behind the spatial dimensions."""
+        y = y.movedim(1 - self.weight.dim(), -1)
+        return y.reshape(-1, y.shape[-1])
+
     def channels(self, v: Tensor) -> Tensor:
         """Give (out, 1, ...): channels stand before the spatial dimensions."""
         return v.reshape(-1, *[1] * (self.weight.dim() - 2))
 
 
 @singledispatch
-def _kind(layer: nn.Module) -> type[Kind] | None:
+def kind_of(layer: nn.Module) -> type[Kind] | None:
     return None
 
 
-@_kind.register
+@kind_of.register
 def _(layer: nn.Linear) -> type[Kind]:
     return LinearKind
 
 
-@_kind.register
+@kind_of.register
 def _(layer: nn.Embedding) -> type[Kind]:
     return EmbeddingKind
 
 
-@_kind.register
+@kind_of.register
 def _(layer: _ConvNd) -> type[Kind] | None:
     # A transposed convolution is no `project`; a grouped one has a block matrix that B A cannot give.
     return None if layer.transposed or layer.groups > 1 else ConvKind
@@ -176,10 +203,12 @@ def _(layer: _ConvNd) -> type[Kind] | None:
 
 def kind(layer: nn.Module) -> type[Kind] | None:
     """Give the mixin of a layer, or None where the layer is not one matrix."""
+    learn(type(layer))
+    learn(type(layer._parameters.get("weight")))
     transformers = sys.modules.get("transformers.pytorch_utils")  # present only if the model came from there
     if transformers is not None and isinstance(layer, transformers.Conv1D):
         return Conv1DKind
-    return _kind(layer)
+    return kind_of(layer)
 
 
 def require_kind(path: str, layer: nn.Module) -> type[Kind]:
@@ -198,6 +227,6 @@ def require_kind(path: str, layer: nn.Module) -> type[Kind]:
 
 def is_linear(layer: nn.Module) -> bool:
     """Whether `all-linear` means this layer: Linear and Conv1D, but not the projection that MultiheadAttention reads past."""
-    return kind(layer) in (LinearKind, Conv1DKind) and not isinstance(
-        layer, nn.modules.linear.NonDynamicallyQuantizableLinear
-    )
+    mixin = kind(layer)
+    linear = mixin is not None and issubclass(mixin, LinearKind | Conv1DKind)
+    return linear and not isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear)

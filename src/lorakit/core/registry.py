@@ -44,3 +44,4 @@ class Registry(Mapping[str, Any]):
 
 METHODS = Registry("lorakit.methods", "METHOD", "method")
 INITS = Registry("lorakit.init", "start", "init")
+BASES = Registry("lorakit.bases", "LAYERS", "storage format")

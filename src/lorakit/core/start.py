@@ -2,7 +2,11 @@
 
 from typing import NamedTuple
 
-from .adapter import Base
+from torch import Tensor
+
+from .adapter import Base, Method
+from .errors import UsageError
+from .registry import INITS
 from .statistics import Statistics
 
 
@@ -12,3 +16,25 @@ class Start(NamedTuple):
     base: Base
     scale: float
     statistics: Statistics | None
+
+    def measured(self, what: str) -> Tensor:
+        """Give one of the statistics. Raises UsageError if it was not measured."""
+        value = vars(self.statistics)[what] if self.statistics is not None else None
+        if value is None:
+            raise UsageError(f"this init needs {what!r} of each layer, which was not measured", fix=FIXES[what])
+        return value
+
+
+_CALIBRATE = "attach(..., statistics=lorakit.core.calibrate.calibrate(model, method, batches, loss)); `lorakit train` does it by itself"
+FIXES = {
+    "inputs": _CALIBRATE,
+    "mean": _CALIBRATE,
+    "gradient": _CALIBRATE,
+    "residual": "attach(..., statistics=lorakit.models.quantize.quantize(model, 'nf4', ...)), or set model.quantize in a configuration",
+}
+
+
+def needs(method: Method) -> frozenset[str]:
+    """Give the fields of `Statistics` that must be known of each layer before adapters of this method can start."""
+    init = vars(method).get("init")
+    return vars(INITS.module(init)).get("NEEDS", frozenset()) if init else frozenset()

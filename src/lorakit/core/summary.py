@@ -8,6 +8,7 @@ from torch import nn
 from .adapter import AbstractAdapter
 from .attach import Adapted, adapters, require
 from .kinds import Kind
+from .weight import shape_of
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,13 @@ def summary(model: nn.Module, name: str = "default") -> Summary:
     require(model, name)
     adapted = {path: adapter for path, _, adapter in adapters(model, name)}
     every_adapter = {id(p) for m in model.modules() if isinstance(m, Adapted) for p in m.adapters.parameters()}
-    base = sum({id(p): p.numel() for p in model.parameters() if id(p) not in every_adapter}.values())
+    base = sum({id(p): shape_of(p).numel() for p in model.parameters() if id(p) not in every_adapter}.values())
     own = sum(p.numel() for a in adapted.values() for p in a.parameters())
     weights = base_flops = adapter_flops = 0
     for path, layer in model.named_modules():
         if ".adapters." in path or not isinstance(layer, nn.Linear | nn.modules.conv._ConvNd | Adapted):
             continue
-        matrix = layer.weight.numel() if isinstance(layer.weight, nn.Parameter) else 0
+        matrix = shape_of(layer.weight).numel() if isinstance(layer.weight, nn.Parameter) else 0
         lookup = isinstance(layer, nn.Embedding)
         base_flops += 0 if lookup else 2 * matrix
         if path in adapted:

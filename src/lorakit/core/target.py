@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import fused
 from .errors import UsageError
 from .kinds import Kind, is_linear, kind
-from .pattern import compile_safe, is_suffix
+from .pattern import Budget, compile_safe, is_suffix
 
 ALL_LINEAR = "all-linear"
 T = TypeVar("T")
@@ -105,9 +105,10 @@ def by_pattern(patterns: Mapping[str, T] | None, names: Sequence[str], what: str
     """Give name -> value for the names that a pattern (name, suffix or regular expression) matches; the first pattern wins."""
     values: dict[str, T] = {}
     unmatched = []
+    budget = Budget(len(names))
     for pattern, value in (patterns or {}).items():
-        matches = _matcher(pattern)
-        hits = [name for name in names if is_suffix(pattern, name) or matches(name)]
+        matches = _matcher(pattern, budget)
+        hits = [name for name in names if matches(name)]
         if not hits:
             unmatched.append(pattern)
         for name in hits:
@@ -117,10 +118,12 @@ def by_pattern(patterns: Mapping[str, T] | None, names: Sequence[str], what: str
     return values
 
 
-def _matcher(pattern: str) -> Callable[[str], object]:
-    if re.fullmatch(r"[\w.-]+", pattern):  # a plain name: no regular expression needed
-        return lambda name: is_suffix(pattern, name)
-    return re.compile(rf"(?:.*\.)?(?:{compile_safe(pattern).pattern})").fullmatch
+def _matcher(pattern: str, budget: Budget) -> Callable[[str], object]:
+    plain = re.fullmatch(r"(\^?)([\w.-]+)\$?", pattern)  # most are: a name, or ^ and a whole path, as PEFT's own examples
+    if plain:
+        anchored, name = plain.groups()
+        return name.__eq__ if anchored else lambda path: is_suffix(name, path)
+    return compile_safe(pattern, budget).matches_end
 
 
 def _every_site(model: nn.Module, declared: Mapping[str, fused.Declared] | None) -> list[Site]:
@@ -141,7 +144,7 @@ def _select(every: list[Site], wanted: str | Sequence[str], what: str, model: nn
         return [s for s in every if s.part is None and s.layer is not head and is_linear(s.layer)]
     if isinstance(wanted, str):
         # As in PEFT, one string is a regular expression for the whole path; a plain name means that path.
-        matches = compile_safe(wanted).fullmatch
+        matches = compile_safe(wanted, Budget(len(every))).fullmatch
         hits = [s for s in every if matches(s.name)]
         if not hits:
             raise _unmatched(what, [wanted], [s.name for s in every], model)

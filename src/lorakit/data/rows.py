@@ -1,6 +1,6 @@
 """Rows as they were read, and the rows that cannot be used."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,18 +42,24 @@ class Rows(list[Row]):
         super().__init__(rows)
         self.bad, self.notices = list(bad), list(notices)
 
+    @classmethod
+    def of(cls, items: Iterable[Mapping[str, Any]]) -> "Rows":
+        """Give rows made in Python instead of read: one mapping of columns each."""
+        return cls(Row(dict(item), f"row {number}") for number, item in enumerate(items, 1))
+
 
 def refuse(bad: Sequence[BadRow], total: int) -> DataError:
     """Give the error for `bad` rows out of `total`: the first one in full, the places of the rest."""
     first = bad[0]
     alike = [row for row in bad if row.reason == first.reason]
     others = len(bad) - len(alike)
+    drop = ", or drop them: --skip-bad-rows (data.skip_bad_rows: true)" if len(bad) < total else ""
     return DataError(
         f"{first.where}  {first.reason} ({len(alike)} of {total} rows)",
         why=f"{others} more rows have other faults, first {places([r for r in bad if r not in alike])}"
         if others
         else None,
-        fix="repair these rows, or drop them: --skip-bad-rows (data.skip_bad_rows: true)",
+        fix=f"repair these rows{drop}",
         where=places(alike),
     )
 

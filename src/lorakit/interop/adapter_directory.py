@@ -11,7 +11,7 @@ error lists all problems. Nothing is unpickled, and no path of the machine is wr
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -21,14 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import AbstractAdapter, Method
-from ..core.attach import Replacement, adapters, place, places, require, use
+from ..core.attach import Adapted, Attached, Replacement, adapters, place, places, require, use
 from ..core.errors import FileError, UsageError
 from ..core.files import atomic_directory
 from ..core.fused import Parts, ranges
 from ..core.pattern import is_suffix
 from ..core.registry import METHODS
 from ..core.target import Target, saved_modules, sites
-from .keys import PREFIX, config_in_file, file_tensors, fill
+from .keys import PREFIX, config_in_file, file_tensors, fill, spelled_for_peft
 from .peft_config import read_config, write_config
 from .read import TensorInfo, read_header, read_json, read_tensors, regular_file, some
 
@@ -61,7 +61,7 @@ def save(
     task_type: PEFT's, such as "CAUSAL_LM". extra: more facts for `lorakit.json` (class names, fingerprints).
     """
     require(model, name)
-    found = list(adapters(model, name))
+    found = list(_to_save(model, name))
     tensors = {key: value.detach().cpu().contiguous() for p, layer, a in found for key, value in file_tensors(p, layer, a)}
     config, side = describe(model, name, base=base, task_type=task_type)
     with atomic_directory(Path(directory)) as work:
@@ -77,22 +77,22 @@ def describe(
     model: nn.Module, name: str, *, base: str | None = None, task_type: str | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Give the contents of `adapter_config.json` and `lorakit.json` for adapter `name`, from the adapters themselves."""
-    found = {path: a for path, _, a in adapters(model, name) if isinstance(a, AbstractAdapter)}
-    replaced = [path for path, _, a in adapters(model, name) if isinstance(a, Replacement)]
+    every = [(path, a) for path, _, a in _to_save(model, name)]
+    found = {path: a for path, a in every if isinstance(a, AbstractAdapter)}
+    replaced = [path for path, a in every if isinstance(a, Replacement)]
     configs = {path: config_in_file(a) for path, a in found.items()}
     if not configs:
         raise UsageError(f"adapter {name!r} has only modules trained in full", fix="target at least one layer")
     method = _commonest(configs.values())
-    ranks = {p: c.r for p, c in configs.items() if "r" in vars(c) and c.r != method.r}
-    alphas = {p: c.alpha for p, c in configs.items() if "alpha" in vars(c) and c.alpha != method.alpha}
     config = write_config(
         method,
         target_modules=_shortest(model, list(found)),
-        rank_pattern=ranks,
-        alpha_pattern=alphas,
+        ranks={p: c.r for p, c in configs.items() if _ranked(c)},
+        alphas={p: c.alpha for p, c in configs.items() if _ranked(c)},
         modules_to_save=replaced,
         base=_no_path(base),
         task_type=task_type,
+        for_peft=all(spelled_for_peft(a) for a in found.values()),
     )
     plain = [part for a in found.values() for part in (a.parts.values() if isinstance(a, Parts) else [a])]
     own = _commonest(config_in_file(cast(AbstractAdapter, part)) for part in plain)
@@ -151,9 +151,9 @@ def _by_parts(model: nn.Module, target: Target, parts: Mapping[str, Mapping[str,
         target,
         target_modules=[n for p in paths for n in ([f"{p}.{part}" for part in parts[p]] if p in parts else [p])],
         rank_pattern={k: v for k, v in (target.rank_pattern or {}).items() if k not in parts}
-        | {n: config["r"] for n, config in named.items()},
+        | {n: config["r"] for n, config in named.items() if config},
         alpha_pattern={k: v for k, v in (target.alpha_pattern or {}).items() if k not in parts}
-        | {n: config["alpha"] for n, config in named.items()},
+        | {n: config["alpha"] for n, config in named.items() if config},
     )
 
 
@@ -213,7 +213,16 @@ def _shortest(model: nn.Module, paths: Sequence[str]) -> list[str]:
 
 def _rank_and_alpha(part: nn.Module) -> dict[str, float]:
     config: Any = config_in_file(cast(AbstractAdapter, part))
-    return {"r": config.r, "alpha": config.alpha}
+    return {"r": config.r, "alpha": config.alpha} if _ranked(config) else {}
+
+
+def _ranked(config: Method) -> bool:
+    return {"r", "alpha"} <= vars(config).keys()
+
+
+def _to_save(model: nn.Module, name: str) -> Iterator[tuple[str, Adapted, Attached]]:
+    for path, layer, adapter in adapters(model, name):
+        yield path, layer, adapter.compact() if isinstance(adapter, AbstractAdapter) else adapter
 
 
 def _commonest(configs: Iterable[Any]) -> Any:

@@ -5,10 +5,12 @@
     Conv1d/2d/3d     <path>.lora_A.weight (r, in, *kernel)    <path>.lora_B.weight (out, r, 1, ...)
     fused parts      the layer's own A and B: A stacked, B block by block (zero elsewhere)
     trained in full  <path>.<parameter>
+    held in common   <name>, once, behind `base_model.` alone
 
 All behind PEFT's prefix. A method that PEFT does not know keeps its own parameter names.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import singledispatch
@@ -25,6 +27,7 @@ from ..core.fused import Parts
 from .peft_config import peft_format
 
 PREFIX = "base_model.model."
+SHARED_PREFIX = "base_model."  # of what all layers hold in common
 
 
 @singledispatch
@@ -34,16 +37,19 @@ def _spell(layer: nn.Module, name: str, tensor: Tensor) -> tuple[str, Tensor]:
 
 @_spell.register
 def _(layer: nn.Embedding, name: str, tensor: Tensor) -> tuple[str, Tensor]:
-    return name.replace("lora_", "lora_embedding_").removesuffix(".weight"), tensor
+    return re.sub(r"^lora_([AB])\.weight$", r"lora_embedding_\1", name), tensor
 
 
 @_spell.register
 def _(layer: _ConvNd, name: str, tensor: Tensor) -> tuple[str, Tensor]:
-    if name.startswith("lora_A"):
-        return name, tensor.reshape(-1, *cast(Tensor, layer.weight).shape[1:])
-    if name.startswith("lora_B"):
-        return name, tensor.reshape(*tensor.shape, *[1] * (cast(Tensor, layer.weight).dim() - 2))
-    return name, tensor
+    weight = cast(Tensor, layer.weight)
+    ones = [1] * (weight.dim() - 2)
+    shape = {
+        "lora_A.weight": (len(tensor), *weight.shape[1:]),
+        "lora_B.weight": (*tensor.shape, *ones),
+        "lora_magnitude_vector": (1, len(tensor), *ones),
+    }
+    return name, tensor.reshape(shape[name]) if name in shape else tensor
 
 
 def file_tensors(path: str, layer: nn.Module, adapter: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -64,6 +70,8 @@ def file_tensors(path: str, layer: nn.Module, adapter: nn.Module) -> Iterator[tu
         else:
             spelled = name
         yield f"{PREFIX}{path}.{spelled}", tensor
+    for name, tensor in cast(AbstractAdapter, adapter).shared_tensors().items():
+        yield f"{SHARED_PREFIX}{name}", tensor
 
 
 def fill(path: str, layer: Adapted, adapter: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -80,6 +88,13 @@ def fill(path: str, layer: Adapted, adapter: nn.Module, tensors: Mapping[str, Te
         spelled = _spell(layer, form.tensors[name], own)[0] if form and name in form.tensors else name
         with torch.no_grad():
             own.copy_(tensors[f"{PREFIX}{path}.{spelled}"].reshape(own.shape))
+    for name, own in cast(AbstractAdapter, adapter).shared_tensors().items():
+        own.copy_(tensors[f"{SHARED_PREFIX}{name}"])
+
+
+def spelled_for_peft(adapter: AbstractAdapter) -> bool:
+    """Whether PEFT has names for all tensors: not for the parts of a fused layer, unless one pair can hold them all."""
+    return peft_format(adapter.config) is not None and (not isinstance(adapter, Parts) or _plain(adapter))
 
 
 def _plain(adapter: nn.Module) -> bool:

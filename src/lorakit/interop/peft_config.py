@@ -2,9 +2,10 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 from pydantic import TypeAdapter
 
@@ -31,20 +32,29 @@ def peft_format(method: Method) -> PeftFormat | None:
     return vars(type(method)).get("PEFT")
 
 
+def own_type(name: str) -> str:
+    """Give the `peft_type` of a directory that PEFT cannot read, so that it says so instead of reading half of it."""
+    return f"LORAKIT_{name.upper()}"
+
+
 def write_config(
     method: Method,
     *,
     target_modules: Sequence[str],
-    rank_pattern: Mapping[str, int],
-    alpha_pattern: Mapping[str, float],
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
     modules_to_save: Sequence[str],
     base: str | None,
     task_type: str | None,
+    for_peft: bool,
 ) -> dict[str, Any]:
-    """Give the content of `adapter_config.json`. A method that PEFT does not know gets a `peft_type` that PEFT refuses."""
+    """Give the content of `adapter_config.json`. ranks, alphas: of every layer, where the method has them.
+
+    for_peft: the tensors are named as PEFT names them. If not, or if PEFT does not know the method, the `peft_type` is ours.
+    """
     form = peft_format(method)
     config: dict[str, Any] = {
-        "peft_type": form.peft_type if form else METHODS.name_of(type(method)).upper(),
+        "peft_type": form.peft_type if form and for_peft else own_type(METHODS.name_of(type(method))),
         "task_type": task_type,
         "base_model_name_or_path": base,
         "inference_mode": True,
@@ -52,9 +62,16 @@ def write_config(
         "modules_to_save": list(modules_to_save) or None,
     }
     if form:
-        config |= dict(form.constants)
+        config |= {**form.constants, **form.ignored}
         config |= {theirs: _number(getattr(method, ours)) for ours, theirs in form.fields.items()}
-        config |= {"rank_pattern": dict(rank_pattern), "alpha_pattern": {k: _number(v) for k, v in alpha_pattern.items()}}
+    if ranks and form and form.masked:
+        tensor, full = form.masked[0], getattr(method, form.masked[1])
+        masks = {f"{path}.{tensor}": [True] * r + [False] * (full - r) for path, r in ranks.items()}
+        config["rank_pattern"] = masks if any(r < full for r in ranks.values()) else None
+    elif ranks:
+        common: Any = method
+        config["rank_pattern"] = {path: r for path, r in ranks.items() if r != common.r}
+        config["alpha_pattern"] = {path: _number(a) for path, a in alphas.items() if a != common.alpha}
     return dict(sorted(config.items()))
 
 
@@ -65,7 +82,7 @@ def read_config(config: Mapping[str, Any], side: Mapping[str, Any]) -> tuple[Met
     """
     method = _method(config, side)
     form = peft_format(method)
-    known = TARGETING | WITHOUT_EFFECT | (set(form.fields.values()) | set(form.constants) if form else set())
+    known = TARGETING | WITHOUT_EFFECT | ({*form.fields.values(), *form.constants, *form.ignored} if form else set())
     lost = {k: v for k, v in config.items() if k not in known and v not in (None, False, "none", [], {})}
     if lost:
         listed = ", ".join(f"{k}={v!r}"[:60] for k, v in lost.items())
@@ -77,7 +94,20 @@ def read_config(config: Mapping[str, Any], side: Mapping[str, Any]) -> tuple[Met
             why="that start moved part of the base weights into the adapter, so on the original base it means something else",
             fix="save it in PEFT with path_initial_model_for_weight_conversion",
         )
-    return method, _target(config, side)
+    return method, _target({**config, "rank_pattern": _ranks(config, form)}, side)
+
+
+def _ranks(config: Mapping[str, Any], form: PeftFormat | None) -> Any:
+    """Give `rank_pattern` as layer -> rank, whatever it is in the file; not validated, except where it is masks."""
+    masks = config.get("rank_pattern")
+    if form is None or form.masked is None or masks is None:
+        return masks
+    tensor = form.masked[0]
+    keys = rf"(.+)\.{re.escape(tensor)}(?:\.[\w-]+)?"  # PEFT may leave the adapter's name at the end
+    found = {re.fullmatch(keys, key): mask for key, mask in masks.items()} if isinstance(masks, dict) else {None: []}
+    if None in found or not all(isinstance(m, list) and all(type(v) is bool for v in m) for m in found.values()):
+        raise FileError(f"adapter_config.json: rank_pattern is {masks!r}"[:160], fix=f"masks of the rows of {tensor} are expected")
+    return {cast(re.Match, match)[1]: sum(mask) for match, mask in found.items()}
 
 
 def _method(config: Mapping[str, Any], side: Mapping[str, Any]) -> Method:
@@ -87,10 +117,11 @@ def _method(config: Mapping[str, Any], side: Mapping[str, Any]) -> Method:
         cls = METHODS[name]
         form: PeftFormat | None = vars(cls).get("PEFT")
         constants = form.constants if form else {}
-        spelled = form.peft_type if form else name.upper()
-        if spelled != kind or any(config.get(k, _absent(v)) != v for k, v in constants.items()):
+        if kind not in (own_type(name), form and form.peft_type) or any(
+            config.get(k, _absent(v)) != v for k, v in constants.items()
+        ):
             continue
-        if mine and mine.get("name") != name:
+        if not (mine.get("name") == name if mine else form is None or not form.only_with_side_file):
             continue
         theirs = {ours: config[key] for ours, key in form.fields.items() if key in config} if form else {}
         own = {f.name for f in fields(cls)}

@@ -81,7 +81,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _info(entry: Mapping[str, Any]) -> TensorInfo:
     shape = entry["shape"]
-    if not all(type(n) is int and 0 < n < 1 << 40 for n in shape):
+    if not all(type(n) is int and 0 <= n < 1 << 40 for n in shape):  # 0: AdaLoRA may leave a layer no rank
         raise ValueError(f"shape {shape}")
     return TensorInfo(str(entry["dtype"]), tuple(shape))
 

@@ -1,12 +1,35 @@
 """The factors of every method built on ΔW = s·B·A."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Base, Shape
+from ..core.errors import UsageError
 from ..core.registry import INITS
 from ..core.start import Start
 from ..core.statistics import Statistics
+
+
+def check(r: int, alpha: float | None, dropout: float) -> None:
+    """Raise UsageError for a rank, a scale or a dropout that cannot be."""
+    if r < 1:
+        raise UsageError(f"r must be at least 1, not {r}")
+    if alpha is not None and not math.isfinite(alpha):
+        raise UsageError(f"alpha must be a number, not {alpha}")
+    if not 0 <= dropout < 1:
+        raise UsageError(f"dropout must be in [0, 1), not {dropout}")
+
+
+def alpha_or_default(r: int, alpha: float | None) -> float:
+    """Give alpha as a number: twice the rank if it was not given."""
+    return float(2 * r if alpha is None else alpha)
+
+
+def scaling(r: int, alpha: float, stabilized: bool) -> Tensor:
+    """Give s: alpha/r, or alpha/sqrt(r). A tensor, for torch.compile guards on floats and would compile again for another."""
+    return torch.tensor(alpha / (math.sqrt(r) if stabilized else r))
 
 
 def factors(shape: Shape, r: int) -> tuple[nn.Parameter, nn.Parameter]:

@@ -78,7 +78,9 @@ def _shards(path: Path) -> list[Path]:
         raise FileError("the index of the weight shards is damaged", why="no usable weight_map", where=str(index))
     shards = [path / name for name in sorted(names)]
     if missing := [shard.name for shard in shards if not shard.is_file()]:
-        raise FileError(f"weight shards are missing: {', '.join(missing)}", fix="download the model again", where=str(path))
+        raise FileError(
+            f"weight shards are missing: {', '.join(missing)}", fix="download the model again", where=str(path)
+        )
     return shards
 
 
@@ -129,10 +131,10 @@ def _header(file: Path) -> dict[str, Tensor]:
 def fingerprint(path: Path | str) -> str:
     """A content id of a base model, to match an adapter with the base it was trained on.
 
-    Covers the meaning-bearing part of config.json (not the version or dtype notes) and, of every tensor, its name, dtype,
-    shape and 16 blocks of 64 bytes spread evenly over it. So it does not depend on file names or sharding, costs
-    milliseconds, and changes with any training or merge that touches a tensor as a whole; an edit of single
-    numbers between the blocks goes unseen, so it is no proof against tampering.
+    Covers the meaning-bearing part of config.json (not the version or dtype notes) and, of every tensor, its name,
+    dtype, shape and 16 blocks of 64 bytes spread evenly over it. So it does not depend on file names or sharding, costs
+    milliseconds, and changes with any training or merge that touches a tensor as a whole; an edit of single numbers
+    between the blocks goes unseen, so it is no proof against tampering.
     """
     path = Path(path)
     digest = hashlib.sha256(b"lorakit base 1\n")

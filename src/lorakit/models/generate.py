@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..core.errors import UsageError
 from .console import quiet_transformers
 from .modes import evaluating
-from .prompts import Message, Prompt, encode_chat, encode_prompt, end_tokens
+from .prompts import Prompt, encode_prompt, end_tokens
 from .sampling import Draw, StopText, before_stop, held_back
 
 if TYPE_CHECKING:
@@ -33,10 +33,10 @@ def generate(
 ) -> list[str]:
     """The continuation of every prompt, in order, without the prompt, control tokens and stop text.
 
-    A prompt is a text (one user message where the tokenizer has a chat template) or a list of messages. It ends at an end token, before
-    one of the `stop` texts, or after `max_tokens`. Temperature 0 takes the likeliest token; else tokens are drawn from
-    the smallest set that holds `top_p` of the probability, for each prompt from (seed, its index) alone.
-    UsageError for a prompt longer than the model's context, and for settings out of range.
+    A prompt is a text (one user message where the tokenizer has a chat template), a list of messages, or token ids. The
+    text ends at an end token, before one of the `stop` texts, or after `max_tokens`. Temperature 0 takes the likeliest
+    token; else tokens are drawn from the smallest set that holds `top_p` of the probability, for each prompt from
+    (seed, its index) alone. UsageError for a prompt longer than the model's context, and for settings out of range.
     """
     _check(max_tokens, temperature, top_p, batch_size)
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
@@ -47,7 +47,7 @@ def generate(
         start = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
         room = min(max_tokens, (_context(model) or start + max_tokens) - start)
         with _writing(model, tokenizer, ends, room) as settings:
-            tokens = model.generate(
+            tokens = cast(Any, model).generate(
                 **inputs,
                 generation_config=settings,
                 logits_processor=_draw(temperature, top_p, seed, rows),
@@ -61,7 +61,7 @@ def generate(
 def stream(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    messages: list[Message],
+    prompt: Prompt,
     *,
     max_tokens: int = 512,
     temperature: float = 0.0,
@@ -69,11 +69,15 @@ def stream(
     seed: int = 0,
     stop: Sequence[str] | None = None,
 ) -> Iterator[str]:
-    """The answer to `messages` in pieces as it is written; joined they are what `generate` gives for this one prompt."""
+    """The continuation of `prompt` in pieces as it is written; joined they are what `generate` gives for it alone."""
     _check(max_tokens, temperature, top_p, 1)
-    encoded = encode_chat(tokenizer, messages)
+    encoded = encode_prompt(tokenizer, prompt)
     _batches([len(encoded)], _context(model), max_tokens, 1)
-    state, ends, draw = _inputs(model, tokenizer, [encoded]), _end_ids(model, tokenizer), _draw(temperature, top_p, seed, [0])
+    state, ends, draw = (
+        _inputs(model, tokenizer, [encoded]),
+        _end_ids(model, tokenizer),
+        _draw(temperature, top_p, seed, [0]),
+    )
     start = 1 if model.config.is_encoder_decoder else len(encoded)
     written: list[int] = []
     shown = ""
@@ -101,7 +105,9 @@ def _step(
         with torch.no_grad():
             encoded = model.get_encoder()(input_ids=state.pop("input_ids"), attention_mask=state["attention_mask"])
         state["encoder_outputs"] = encoded
-    out = model.generate(**state, generation_config=settings, logits_processor=draw, return_dict_in_generate=True)
+    out = cast(Any, model).generate(
+        **state, generation_config=settings, logits_processor=draw, return_dict_in_generate=True
+    )
     after = {"past_key_values": out.past_key_values}
     if model.config.is_encoder_decoder:
         return {**state, **after, "decoder_input_ids": out.sequences}
@@ -164,7 +170,7 @@ def _inputs(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", rows
 def _writing(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", ends: set[int], max_tokens: int
 ) -> Iterator["GenerationConfig"]:
-    """Evaluation mode, and settings of ours alone: a model's own file may ask for sampling, penalties, even remote code."""
+    """Evaluation mode, and settings of ours alone: a model's file may ask for sampling, penalties, even remote code."""
     from transformers import GenerationConfig
 
     before = model.generation_config
@@ -196,4 +202,4 @@ def _until(tokens: list[int], ends: set[int]) -> list[int]:
 
 
 def _decode(tokenizer: "PreTrainedTokenizerBase", tokens: list[int]) -> str:
-    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -1,9 +1,9 @@
-"""Load a model and its tokenizer from a directory: offline, safetensors only, no code from the directory, every weight checked."""
+"""Load a model and its tokenizer from a directory: offline, safetensors only, none of its code run, weights checked."""
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
@@ -18,13 +18,15 @@ if TYPE_CHECKING:
 Task = Literal["causal", "classification"]
 
 # Keys of config.json that name code to run: a class in the directory, or an attention or expert kernel to fetch.
-_CODE_KEYS = re.compile(r"auto_map|custom_pipelines|.*(attn|experts)_implementation.*|.*kernel_config.*|trust_remote_code")
+_CODE_KEYS = re.compile(
+    r"auto_map|custom_pipelines|.*(attn|experts)_implementation.*|.*kernel_config.*|trust_remote_code"
+)
 _PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>", "</s>")
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A loaded base. `head_modules` are the paths of modules that the files do not hold, to be trained and saved in full."""
+    """A loaded base. `head_modules` are modules that the files do not hold, to be trained and saved in full."""
 
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
@@ -44,9 +46,10 @@ def load(
 ) -> Loaded:
     """Load `name` (see `resolve`) for a task, in eval mode, with finite weights and a tokenizer that fits.
 
-    `labels` are the class names in the order of the logits; a new head is initialised from `seed` alone. `dtype` "auto" is bfloat16
-    where the device computes it natively, else float32, and float32 for encoders that classify. Encoder-decoder models
-    load as such under "causal". Raises FileError for anything wrong with the files, UsageError for arguments that do not fit.
+    `labels` are the class names in the order of the logits; a new head is initialised from `seed` alone. `dtype` "auto"
+    is bfloat16 where the device computes it natively, else float32, and float32 for encoders that classify.
+    Encoder-decoder models load as such under "causal". Raises FileError for anything wrong with the files, UsageError
+    for arguments that do not fit.
     """
     path = resolve(name)
     place = pick_device(device)
@@ -147,8 +150,8 @@ def set_labels(config: "PretrainedConfig", labels: list[str] | None, path: Path)
 
     UsageError if none are given or known, or if they are the head's own in another order.
     """
-    own = read_json(path / "config.json").get("id2label")
-    names = [config.id2label[i] for i in range(config.num_labels)] if own else []
+    declared: dict[int, str] = cast(Any, config).id2label
+    names = list(declared.values()) if read_json(path / "config.json").get("id2label") else []
     if labels is None:
         if not names:
             raise UsageError("a model without a classification head needs labels", where=str(path))
@@ -194,8 +197,12 @@ def _model(
                 ignore_mismatched_sizes=classify,  # a head of another number of classes is replaced
             )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
-        raise FileError(f"cannot load the model as {auto.__name__[9:]}", why=_first_line(error), where=str(path)) from error
-    fresh = {entry if isinstance(entry, str) else entry[0] for entry in (*info["missing_keys"], *info["mismatched_keys"])}
+        raise FileError(
+            f"cannot load the model as {auto.__name__[9:]}", why=_first_line(error), where=str(path)
+        ) from error
+    fresh = {
+        entry if isinstance(entry, str) else entry[0] for entry in (*info["missing_keys"], *info["mismatched_keys"])
+    }
     body = model.base_model_prefix + "."
     damaged = sorted(key for key in fresh if not classify or (key.startswith(body) and ".pooler." not in key))
     if damaged:
@@ -219,13 +226,16 @@ def _tokenizer(path: Path, config: "PretrainedConfig") -> "PreTrainedTokenizerBa
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, config=config, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, config=config, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises plain Exception for a damaged tokenizer.json
         raise FileError("cannot load the tokenizer", why=_first_line(error), where=str(path)) from error
+    if tokenizer is None:
+        raise FileError("there is no tokenizer in the model directory", where=str(path))
+    return tokenizer
 
 
 def _check_vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", path: Path) -> None:
-    rows = model.get_input_embeddings().num_embeddings
+    rows = cast(torch.nn.Embedding, model.get_input_embeddings()).num_embeddings
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= rows:
         raise FileError(
@@ -237,7 +247,7 @@ def _check_vocabulary(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerB
 
 
 def _set_padding(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Give both the same padding token, an existing one: the embedding is never resized. Padding is masked by length."""
+    """Give both the same padding token, an existing one: no embedding is resized (padding is masked by length)."""
     if tokenizer.pad_token is None:
         vocabulary = tokenizer.get_vocab()
         known = next((token for token in _PAD_TOKENS if token in vocabulary), None)

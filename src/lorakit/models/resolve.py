@@ -18,7 +18,8 @@ _PICKLED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*
 def resolve(name: str | Path) -> Path:
     """A directory for `name`: a built-in model, else a local directory, else a hub id `org/name` (also `hf:org/name`).
 
-    Only a hub id that is not yet downloaded reaches the network, and not with HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE set.
+    Only a hub id that is not downloaded yet reaches the network, and none does with HF_HUB_OFFLINE or
+    TRANSFORMERS_OFFLINE set.
     FileError for a model that is damaged or cannot be had; UsageError for a name that means nothing.
     """
     text = str(name)
@@ -44,12 +45,14 @@ def _unknown(name: str, path: Path) -> UsageError | FileError:
         )
     siblings = _directories(path.parent)
     near = difflib.get_close_matches(path.name, [*BUILT_IN, *siblings], n=3)
-    if path.parent != Path("."):
+    if path.parent != Path():
         near = [entry if entry in BUILT_IN else str(path.parent / entry) for entry in near]
     return UsageError(
         f"no model called {name!r}",
         why=f"it is neither built in, nor a directory here, nor a hub id; {built_in}",
-        fix="did you mean " + " or ".join(near) + "?" if near else "give a built-in name, a directory, or org/name for the hub",
+        fix="did you mean " + " or ".join(near) + "?"
+        if near
+        else "give a built-in name, a directory, or org/name for the hub",
     )
 
 
@@ -67,7 +70,9 @@ def _from_hub(hub_id: str) -> Path:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     def snapshot(local: bool) -> Path:
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES, ignore_patterns=_PICKLED, local_files_only=local))
+        return Path(
+            snapshot_download(hub_id, allow_patterns=_HUB_FILES, ignore_patterns=_PICKLED, local_files_only=local)
+        )
 
     try:
         path = snapshot(local=True)

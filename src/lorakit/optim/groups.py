@@ -8,13 +8,14 @@ authors' code puts everything with one dimension into the fast group, so that Do
 classifier's bias move 16 times too fast while the classifier's weight stays slow.
 """
 
-from collections.abc import Collection, Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..core.adapter import AbstractAdapter
+from ..core.adapter import AbstractAdapter, AdditiveAdapter
 from ..core.attach import Adapted, adapters
 from ..core.errors import UsageError
 from ..core.kinds import Kind
@@ -52,6 +53,31 @@ class OptimSettings(Protocol):
         """What AdamW adds to the root of the second mean."""
         ...
 
+    @property
+    def options(self) -> Mapping[str, Any] | None:
+        """The optimizer's own settings: those of `Options` in its file, if it has any."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """A factor A (r, in), trained or frozen, and the trained B (out, r) that belongs to it."""
+
+    path: str
+    """Of the module that holds both."""
+    A: nn.Parameter
+    B: nn.Parameter
+    scale: Tensor | None
+    """s, if the layer's change is s·B·A and nothing else; None if something stands between (a diagonal, a norm)."""
+
+
+class Groups(list[dict[str, Any]]):
+    """Groups for a torch optimizer, and which factors among their parameters belong together."""
+
+    def __init__(self, groups: list[dict[str, Any]], factors: list[Factors]) -> None:
+        super().__init__(groups)
+        self.factors = factors
+
 
 class _Member(NamedTuple):
     name: str
@@ -67,7 +93,7 @@ def role(parameter_name: str, adapter: AbstractAdapter) -> str:
 
 def parameter_groups(
     model: nn.Module, adapter_name: str, settings: OptimSettings, *, decayed: Collection[str] = DECAYED
-) -> list[dict]:
+) -> Groups:
     """Give the groups for a torch optimizer: every trainable parameter of `model` in exactly one, in a fixed order.
 
     The rate is `settings.lr`, times `settings.b_ratio` for the factor that starts at zero. That is B, except in an
@@ -85,13 +111,40 @@ def parameter_groups(
                 rate = settings.lr * settings.b_ratio if fast else settings.lr
                 decay = settings.weight_decay if kind in decayed else 0.0
                 groups.append({"params": named, "role": kind, "lr": rate, "initial_lr": rate, "weight_decay": decay})
-    return groups
+    return Groups(groups, list(_factors(model, adapter_name)))
 
 
 def scale_learning_rates(optimizer: torch.optim.Optimizer, multiplier: float) -> None:
     """Set every group's rate to `multiplier` times its initial one, so that all roles follow the same schedule."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * multiplier
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Count the bytes of the tensors that the optimizer keeps from step to step."""
+    kept = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return sum(tensor.nbytes for tensor in kept)
+
+
+def _factors(model: nn.Module, adapter_name: str) -> Iterator[Factors]:
+    """Pair each trained B with its A: the two of one module by their declared roles; a frozen A goes by its name."""
+    for path, _, adapter in adapters(model, adapter_name):
+        if not isinstance(adapter, AbstractAdapter):
+            continue
+        by_owner: dict[str, dict[str, str]] = {}
+        for name, kind in adapter.roles().items():
+            owner, _, leaf = name.rpartition(".")
+            by_owner.setdefault(owner, {})[leaf] = kind
+        for owner, kinds in by_owner.items():
+            a = [n for n, kind in kinds.items() if kind == "A"] or [n for n in kinds if n == "lora_A"]
+            b = [n for n, kind in kinds.items() if kind == "B"]
+            holder = adapter.get_submodule(owner)
+            if len(a) == len(b) == 1:
+                A, B = holder.get_parameter(a[0]), holder.get_parameter(b[0])
+                plain = isinstance(holder, AdditiveAdapter) and len(kinds) == 2
+                scale = dict(holder.named_buffers(recurse=False)).get("scale") if plain else None
+                if A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1]:
+                    yield Factors(f"{path}.adapters.{adapter_name}.{owner}".rstrip("."), A, B, scale)
 
 
 def _members(model: nn.Module, adapter_name: str) -> Iterator[_Member]:

@@ -11,9 +11,12 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from ..core.adapter import Method
+from ..core.errors import UsageError
 from ..core.registry import METHODS
 from ..core.target import Target
 from ..optim import OPTIMIZERS, SCHEDULES
+from .controllers import CONTROLLERS
+from .own_settings import own_settings
 
 Count = Annotated[int, Ge(1)]
 Positive = Annotated[float, Gt(0)]
@@ -88,6 +91,7 @@ class OptimConfig:
     clip: largest norm of the gradient; null for no limit
     betas: decay rates of the optimizer's running averages
     eps: term added to the denominator of the update
+    options: settings that only this optimizer has, such as the rank of galore
     """
 
     name: Annotated[str, OneOf(OPTIMIZERS)] = "adamw"
@@ -99,6 +103,14 @@ class OptimConfig:
     clip: Positive | None = 1.0
     betas: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.9, 0.999)
     eps: Positive = 1e-8
+    options: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        cls = vars(OPTIMIZERS.module(self.name)).get("Options")
+        if cls is not None:
+            object.__setattr__(self, "options", own_settings(cls, self.options or {}, self.name))
+        elif self.options:
+            raise UsageError(f"{self.name} has no options", fix="leave optim.options out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +127,7 @@ class TrainOptions:
     save_steps: optimizer steps between checkpoints; 0 for none
     eval_steps: optimizer steps between evaluations; 0 for none, null for one per epoch if there is validation data
     seed: start of every random number
-    controller: schedule of ranks or restarts; the method's own when absent
+    controller: schedule of ranks or restarts, by name or as a mapping of its name and settings; the method's own when absent
     checkpointing: recompute activations in the backward pass, which saves memory and costs time
     keep_checkpoints: how many of the newest checkpoints stay on disk
     track: also record to tensorboard or trackio (metrics.jsonl is always written)
@@ -131,10 +143,19 @@ class TrainOptions:
     save_steps: Annotated[int, Ge(0)] = 50
     eval_steps: Annotated[int, Ge(0)] | None = None
     seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 0
-    controller: Text | None = None
+    controller: Annotated[str, OneOf(CONTROLLERS)] | Mapping[str, Any] | None = None
     checkpointing: bool = False
     keep_checkpoints: Count = 2
     track: tuple[Annotated[str, OneOf(("tensorboard", "trackio"))], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.controller is not None:
+            given = {"name": self.controller} if isinstance(self.controller, str) else dict(self.controller)
+            name = given.pop("name", None)
+            if not isinstance(name, str):
+                raise UsageError("a controller needs a name", fix=f"name: {' or '.join(sorted(CONTROLLERS))}")
+            settings = own_settings(CONTROLLERS[name], given, name)
+            object.__setattr__(self, "controller", {"name": name, **settings})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,11 @@
 """What two keys of a configuration say about each other, and what two configurations have in common."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from .config import RunConfig, TrainOptions, as_tree
+from .controllers import CONTROLLERS
 
 # What may differ between a run and its resumption: what is written and looked at, never what is computed. A longer run
 # is not among them: max_steps and epochs shape the learning rate of every step.
@@ -28,6 +29,7 @@ def resume_conflicts(a: RunConfig, b: RunConfig) -> list[str]:
 def contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Yield (dotted key, what is wrong) for all settings that contradict each other, before any model is loaded."""
     yield from _either_or(config)
+    yield from _controller(config)
     yield from _evaluation(config)
     yield from _output(Path(config.output), Path(config.model.name))
 
@@ -40,6 +42,15 @@ def _either_or(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "train.batch_tokens", "batch_tokens and batch_size are both given; give one of them"
     if target.layers is not None and target.last_n_layers is not None:
         yield "method.layers", "layers and last_n_layers are both given; give one of them"
+
+
+def _controller(config: RunConfig) -> Iterator[tuple[str, str]]:
+    chosen = config.train.controller
+    if isinstance(chosen, Mapping):
+        refuses = vars(CONTROLLERS.module(chosen["name"])).get("refuses")
+        reason = refuses(config.method.config) if refuses else None
+        if reason is not None:
+            yield "train.controller", f"{chosen['name']} cannot train the method {config.method.name}: {reason}"
 
 
 def _evaluation(config: RunConfig) -> Iterator[tuple[str, str]]:

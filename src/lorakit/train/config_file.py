@@ -158,9 +158,10 @@ class _Builder:
             return cls(**values)
         except ValueError as error:
             before = len(self.findings.problems)
+            name = {"name": values["name"]} if "name" in values else {}  # what the other keys may mean depends on it
             for key, value in values.items():
                 try:
-                    cls(**{key: value})
+                    cls(**{**name, key: value})
                 except ValueError as alone:
                     self.findings.problem(self.settings[f"{section}.{key}"], f"{section}.{key}", str(alone))
             if len(self.findings.problems) == before:

@@ -108,6 +108,7 @@ def describe(hint: Any) -> str:
     if origin in (dict, Mapping):
         return "a mapping from names to " + describe(arguments[1])
     words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+    words[Any] = "values"
     return words[hint]
 
 

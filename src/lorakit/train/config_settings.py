@@ -146,6 +146,8 @@ def override(settings: Settings, key: str, node: Node) -> None:
     if dot and outer in all_keys().get(section, ()):  # one entry of a mapping: method.rank_pattern.q_proj=8
         old = settings.get(f"{section}.{outer}")
         entries = old.value if old is not None and isinstance(old.value, dict) else {}
+        if old is not None and isinstance(old.value, str):
+            entries = {"name": old}  # `controller: relora` is short for `controller: {name: relora}`
         settings[f"{section}.{outer}"] = Node({**entries, entry: node}, node.where)
     else:
         settings[key] = node

@@ -2,7 +2,7 @@
 
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -36,6 +36,7 @@ from .checkpoint import load as load_checkpoint
 from .config import RunConfig, as_tree
 from .config_file import dump
 from .controllers import CONTROLLERS, Controller, Nothing, Run
+from .learned import untrained_layers
 from .loop import Job, State, fit, restore
 from .progress import Progress
 from .records import Records
@@ -89,12 +90,13 @@ def run(
     FileError before training, DivergenceError and Interrupted (the run is then saved) during it.
     """
     directory = RunDirectory(config.output, overwrite=overwrite)
+    train, valid = read_train_valid(
+        config.data.path, config.data.valid, skip_bad_rows=config.data.skip_bad_rows, seed=config.train.seed
+    )
+    directory.make()
     with RunLock(directory.path), listen() as stop, _logged(directory):
         if overwrite:
             directory.clear()
-        train, valid = read_train_valid(
-            config.data.path, config.data.valid, skip_bad_rows=config.data.skip_bad_rows, seed=config.train.seed
-        )
         task = config.train.task or find_task(train, config.data.format)
         base = _base(config, task, train, model)
         data, held_out = _encode(config, task, base, train, valid)
@@ -205,7 +207,7 @@ class _Session:
                 loss = f", loss {state.last_loss:.4f}" if state.last_loss is not None else ""
                 self.say(f"resumed at step {state.step} of {job.steps.total}{loss}")
             fit(job, state)
-        self._take_best(state)
+        self._take_best(job, state)
         self._finish()
         return RunResult(
             self.directory.path,
@@ -299,7 +301,7 @@ class _Session:
 
     def _controller(self) -> Controller:
         """Start the configured controller, or the one that the method brings along."""
-        optim, name = self.config.optim, self.config.train.controller
+        optim, chosen = self.config.optim, self.config.train.controller
         around = Run(
             self.base.model,
             ADAPTER,
@@ -308,10 +310,11 @@ class _Session:
             warmup_steps(self.steps.total, optim.warmup),
             self.config.train.seed,
         )
-        if name is None:
-            brought = [n for n in CONTROLLERS if vars(CONTROLLERS.module(n)).get("METHOD_NAME") == self.config.method.name]
-            name = brought[0] if brought else None
-        return CONTROLLERS[name]().start(around) if name else Nothing(around)
+        if isinstance(chosen, Mapping):
+            settings = {key: value for key, value in chosen.items() if key != "name"}
+            return CONTROLLERS[chosen["name"]](**settings).start(around)
+        brought = [n for n in CONTROLLERS if vars(CONTROLLERS.module(n)).get("METHOD_NAME") == self.config.method.name]
+        return CONTROLLERS[brought[0]]().start(around) if brought else Nothing(around)
 
     @cached_property
     def _identity(self) -> dict[str, str | None]:
@@ -336,9 +339,10 @@ class _Session:
             )
         return _Found(tensors, state)
 
-    def _take_best(self, state: State) -> None:
+    def _take_best(self, job: Job, state: State) -> None:
         if self.config.eval.load_best and state.best_step not in (None, state.step):
-            tensors, _ = load_checkpoint(steps(self.directory.checkpoints)[state.best_step])
+            tensors, saved = load_checkpoint(steps(self.directory.checkpoints)[state.best_step])
+            job.controller.restore(tensors["controller"], saved["controller"])
             restore_adapter(self.base.model, ADAPTER, tensors["adapter"])
             self.say(f"took the adapter of step {state.best_step}, which had the lowest validation loss")
 
@@ -375,7 +379,7 @@ class _Session:
 
     def _finish(self) -> None:
         """Save the adapter and prove that it holds what was trained."""
-        dead = [path for path, _, a in adapters(self.base.model, ADAPTER) for n, role in a.roles().items() if _dead(a, n, role)]
+        dead = untrained_layers(self.base.model, ADAPTER)
         self._save(self.directory.adapter)
         file = self.directory.adapter / "adapter_model.safetensors"
         count = len(read_tensors(file))
@@ -388,7 +392,3 @@ class _Session:
             )
         self.proved("every adapted layer has learned: no factor is still zero")
         self.proved(f"the adapter opens again: {count} tensors, {file.stat().st_size / 1e6:.1f} MB, {self.directory.adapter}")
-
-
-def _dead(adapter: torch.nn.Module, name: str, role: str) -> bool:
-    return role in ("A", "B") and not bool(adapter.get_parameter(name).count_nonzero())

@@ -17,6 +17,7 @@ import torch
 from ..core.errors import FileError, UsageError
 from ..core.files import LOCK, atomic_write
 from .config import RunConfig
+from .checkpoint import steps
 from .config_check import resume_conflicts
 from .config_file import dump, load
 
@@ -41,12 +42,16 @@ class RunDirectory:
                 f"output {str(path)!r} holds files that are not a run's: {', '.join(foreign[:5])}",
                 fix="choose an empty or new directory",
             )
+
+    def make(self) -> None:
+        """Make the directory. Raises UsageError where that cannot be."""
+        where = f"output {str(self.path)!r}"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UsageError(f"cannot make output {str(path)!r}", why=error.strerror, fix="choose another output") from None
+            raise UsageError(f"cannot make {where}", why=error.strerror, fix="choose another output") from None
         if not os.access(self.path, os.W_OK):
-            raise UsageError(f"output {str(path)!r} is not writable", fix="choose another output")
+            raise UsageError(f"{where} is not writable", fix="choose another output")
 
     @property
     def adapter(self) -> Path:
@@ -72,9 +77,12 @@ class RunDirectory:
                 entry.unlink()
 
     def claim(self, config: RunConfig) -> None:
-        """Write the resolved configuration, or compare it with the one the unfinished run was started with."""
+        """Write the resolved configuration, or compare it with the one the unfinished run was started with.
+
+        A run that ended before its first checkpoint left nothing to go on with, so its configuration gives way.
+        """
         file = self.path / CONFIG
-        if not file.exists():
+        if not file.exists() or not steps(self.checkpoints):
             atomic_write(file, dump(config))
             atomic_write(self.path / "env.json", json.dumps(environment(), indent=2) + "\n")
             return

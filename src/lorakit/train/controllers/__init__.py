@@ -1,7 +1,8 @@
 """What happens beside the gradient step: budgets, restarts, links. One file per controller; the file name is its name.
 
-Each file declares `CONTROLLER`, a frozen dataclass of settings with `start(run) -> Controller`, and, where a method brings its
-controller along, `METHOD_NAME`, the method for which it is chosen by itself.
+Each file declares `CONTROLLER`, a frozen dataclass of settings with `start(run) -> Controller`. A configuration gives it as
+`train.controller: relora` or `{name: relora, every: 100}`. Optional are `METHOD_NAME`, the method for which it is chosen by
+itself, and `refuses(method) -> str | None`, the reason why it cannot work with a method.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,0 +1,162 @@
+"""NF4, FP4 and int8 by bitsandbytes. QLoRA: Dettmers et al. 2023, https://arxiv.org/abs/2305.14314; LLM.int8(): https://arxiv.org/abs/2208.07339
+
+4 bits: the weight in blocks of 64, each divided by its largest magnitude and rounded to one of 16 levels (NF4: quantiles of a
+normal; FP4: a float of 4 bits); the largest magnitudes themselves in 8 bits ("double quantization"), 4.127 bits a weight in
+all. Run as x·dense(W)^T in the dtype of x. int8: each row divided by its largest magnitude, 127 levels.
+
+Gradients reach x and never W. What bitsandbytes does on the way and training must not see is switched off here: see the kinds.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import bitsandbytes as bnb
+import torch
+import torch.nn.functional as F
+from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+from torch import Tensor, nn
+
+from ..core.adapter import Shape
+from ..core.errors import UsageError
+from ..core.kinds import Kind, LinearKind, kind_of
+from ..core.weight import bytes_of, dense, shape_of, store
+
+
+@dense.register
+def _(weight: Params4bit) -> Tensor:
+    return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+
+
+@store.register
+def _(weight: Params4bit, value: Tensor) -> Tensor:
+    made = Params4bit(
+        value.detach().to(weight.quant_state.dtype).contiguous(),
+        blocksize=weight.blocksize,
+        compress_statistics=weight.compress_statistics,
+        quant_type=weight.quant_type,
+        quant_storage=weight.quant_storage,
+    )
+    return made.to(weight.device)  # this is what quantizes it
+
+
+@shape_of.register
+def _(weight: Params4bit) -> torch.Size:
+    return torch.Size(weight.quant_state.shape)
+
+
+@bytes_of.register
+def _(weight: Params4bit) -> int:
+    state = weight.quant_state
+    scales = [state.absmax, state.code] + ([state.offset, state.state2.absmax, state.state2.code] if state.nested else [])
+    return weight.data.nbytes + sum(t.nbytes for t in scales)
+
+
+@dense.register
+def _(weight: Int8Params) -> Tensor:
+    return weight.data * (weight.SCB[:, None] / 127)
+
+
+@store.register
+def _(weight: Int8Params, value: Tensor) -> Tensor:
+    made = Int8Params(value.detach().cpu().contiguous(), requires_grad=False, has_fp16_weights=False)
+    return made.to(weight.device)
+
+
+@bytes_of.register
+def _(weight: Int8Params) -> int:
+    return weight.data.nbytes + (0 if weight.SCB is None else weight.SCB.nbytes)
+
+
+class FourBitKind(LinearKind):
+    """`Linear4bit`, and the same layer with a plain weight once an adapter has been merged into it."""
+
+    # On processors with AVX512-BF16 bitsandbytes repacks a weight for good when it is first run in eval mode. A repacked weight
+    # passes no gradient to x, rounds x and its scales to bfloat16, and must have a multiple of 32 rows.
+    support_avx512bf16_for_cpu = property(lambda self: False, lambda self, value: None)
+
+    def shape(self) -> Shape:
+        """Give (out, in). Raises UsageError for a weight that was repacked already."""
+        if isinstance(self.weight, Params4bit) and vars(self.weight.quant_state).get("packing_format_for_cpu"):
+            raise UsageError(
+                "bitsandbytes has repacked the weights of this model, which cannot be trained on any more",
+                why="it does so when a 4-bit model is run in eval mode on this processor",
+                fix="load the model again and attach the adapter before running it",
+            )
+        return LinearKind.shape(self)  # not super(): a layer is asked for its shape before it is adapted
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the layer."""
+        if isinstance(self.weight, Params4bit):
+            return super().forward(x)
+        return _plain(self, x)
+
+
+class EightBitKind(LinearKind):
+    """`Linear8bitLt`, and the same layer with a plain weight once an adapter has been merged into it."""
+
+    def matrix(self) -> Tensor:
+        """Give the weight itself, with its scales, which its first run moves into the layer."""
+        state = cast(Any, self).state
+        if isinstance(self.weight, Int8Params) and self.weight.SCB is None:
+            self.weight.CB, self.weight.SCB = self.weight.data, state.SCB
+        return super().matrix()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the layer. On a processor that is x·dense(W)^T also in eval mode, where bitsandbytes would round x to 8 bits."""
+        if not isinstance(self.weight, Int8Params):
+            return _plain(self, x)
+        layer = cast(Linear8bitLt, self)
+        if layer.weight.CB is not None:
+            layer.init_8bit_state()
+        layer.state.is_training = True
+        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        return bnb.matmul(x, layer.weight, bias=bias, state=layer.state)
+
+
+def _plain(layer: Kind, x: Tensor) -> Tensor:
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return F.linear(x, layer.weight.to(x.dtype), bias)
+
+
+@kind_of.register
+def _(layer: Linear4bit) -> type[Kind]:
+    return FourBitKind
+
+
+@kind_of.register
+def _(layer: Linear8bitLt) -> type[Kind]:
+    return EightBitKind
+
+
+def _four_bits(layer: nn.Linear, name: str) -> nn.Linear:
+    """Give `layer` with its weight in 4 bits, on the same device."""
+    weight = layer.weight
+    made = Linear4bit(
+        layer.in_features,
+        layer.out_features,
+        bias=False,
+        compute_dtype=weight.dtype,
+        compress_statistics=True,
+        quant_type=name,
+        device="meta",
+    )
+    made.weight = Params4bit(weight.detach(), compress_statistics=True, quant_type=name, module=made).to(weight.device)
+    made.bias = layer.bias
+    made.support_avx512bf16_for_cpu = False
+    return made
+
+
+def _eight_bits(layer: nn.Linear) -> nn.Linear:
+    """Give `layer` with its weight in 8 bits, on the same device."""
+    made = Linear8bitLt(layer.in_features, layer.out_features, bias=False, has_fp16_weights=False, threshold=6.0, device="meta")
+    weight = Int8Params(layer.weight.detach().cpu(), requires_grad=False, has_fp16_weights=False)
+    made.weight = weight.to(layer.weight.device)
+    made.bias = layer.bias
+    return made
+
+
+LAYERS: Mapping[str, Callable[[nn.Linear], nn.Linear]] = {
+    "nf4": lambda layer: _four_bits(layer, "nf4"),
+    "fp4": lambda layer: _four_bits(layer, "fp4"),
+    "int8": _eight_bits,
+}

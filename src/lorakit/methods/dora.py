@@ -1,0 +1,118 @@
+"""DoRA: Weight-Decomposed Low-Rank Adaptation. Liu et al. 2024, https://arxiv.org/abs/2402.09353
+
+    W' = diag(m / ‖V‖)·V        V = W + s·B·A   ‖V‖: (out,) norms of the rows   m: (out,) starts at ‖W‖
+
+m learns the length of each row, B A its direction. As in the paper's section 4.3 the norm is a constant to the gradient.
+
+The norm is computed from its parts, so that V (out, in) never exists in the forward pass:
+
+    ‖V_i‖² = ‖W_i‖² + 2 s B_i·(A W^T)_i + s² B_i (A A^T) B_i^T
+
+Of it, W A^T is r numbers a row; ‖W_i‖² is read off W each time rather than kept, so that it is right for any W.
+
+Departures from the paper: none. Dropout is PEFT's: what is dropped is the input of all that the adapter adds, so that in
+training y = W x + (g - 1) W x̃ + g s B A x̃ for g = m / ‖V‖ and x̃ = dropout(x); the authors' code has only A see x̃.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor, nn
+
+from ..core.adapter import AbstractAdapter, Base, PeftFormat, Shape
+from ..core.errors import UsageError
+from ..core.statistics import Statistics
+from ._factors import alpha_or_default, check, factors, scaling, start, starts_off_zero
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoRA:
+    """r: rank. alpha: scale, 2r if not given. dropout: on the input of what is added. init: a file name of `init/`."""
+
+    r: int = 16
+    alpha: float | None = None
+    dropout: float = 0.0
+    rank_stabilized: bool = False
+    init: str = "kaiming"
+
+    PEFT: ClassVar = PeftFormat(
+        "LORA",
+        tensors={"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"},
+        fields={"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rank_stabilized": "use_rslora"},
+        constants={"use_dora": True},
+    )
+
+    def __post_init__(self) -> None:
+        check(self.r, self.alpha, self.dropout)
+        if starts_off_zero(self.init):
+            raise UsageError(
+                f"init {self.init!r} and DoRA do not go together",
+                why="it starts from factors of W that are taken off W again, and DoRA has no place for that second term",
+                fix="take an init that starts B at zero, such as kaiming",
+            )
+
+    def at(self, r: int, alpha: float | None) -> "DoRA":
+        """Give the same with another rank and alpha."""
+        return replace(self, r=r, alpha=alpha)
+
+    def build(self, shape: Shape) -> "DoRAAdapter":
+        """Make the adapter of one layer; its own config has alpha as a number."""
+        return DoRAAdapter(replace(self, alpha=alpha_or_default(self.r, self.alpha)), shape)
+
+
+@final
+class DoRAAdapter(AbstractAdapter):
+    """The factors and the magnitudes of one layer."""
+
+    ROLES: ClassVar[Mapping[str, str]] = {"lora_A": "A", "lora_B": "B", "magnitude": "magnitude"}
+    scale: Tensor
+
+    def __init__(self, config: DoRA, shape: Shape) -> None:
+        super().__init__()
+        self.config, self.one_hot = config, shape.one_hot
+        self.lora_A, self.lora_B = factors(shape, config.r)
+        self.magnitude = nn.Parameter(torch.empty(shape.out_features))
+        self.dropout = nn.Dropout(config.dropout)
+        scale = scaling(config.r, alpha_or_default(config.r, config.alpha), config.rank_stabilized)
+        self.register_buffer("scale", scale, persistent=False)
+
+    @torch.no_grad()
+    def start(self, base: Base, statistics: Statistics | None = None) -> None:
+        """Fill A and B by the init, and m with the norms of the rows."""
+        scale, init = float(self.scale), self.config.init
+        start(self.lora_A, self.lora_B, init, base, scale=scale, one_hot=self.one_hot, statistics=statistics)
+        self.magnitude.copy_(self.norm(base.matrix()))
+
+    @torch.no_grad()
+    def norm(self, weight: Tensor) -> Tensor:
+        """Give ‖V‖ (out,) for W (out, in), never 0, in the dtype of m. No tensor of the size of W is made."""
+        A, B, s = self.lora_A, self.lora_B, self.scale
+        own = torch.linalg.vector_norm(weight, dim=1, dtype=B.dtype).square()
+        cross = (weight @ A.to(weight.dtype).T).to(B.dtype)
+        squared = own + 2 * s * (B * cross).sum(1) + s.square() * (B @ (A @ A.T) * B).sum(1)
+        return squared.clamp_min(torch.finfo(squared.dtype).tiny).sqrt()
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        """Add to the frozen layer's output what it lacks to g W x + g s B A x, without its bias."""
+        y = base.frozen(x)
+        A, B = self.lora_A, self.lora_B
+        if x.is_floating_point():
+            A, B = A.to(x.dtype), B.to(x.dtype)
+        if x.is_floating_point() and self.training and self.config.dropout:
+            x = self.dropout(x)
+            linear = base.linear(x)
+        else:
+            linear = base.without_bias(y)
+        gain = base.channels((self.magnitude / self.norm(base.matrix())).to(y.dtype))
+        low = base.mix(base.project(x, A), B).to(y.dtype)
+        return y + ((gain - 1) * linear + gain * low * self.scale.to(y.dtype))
+
+    def merge(self, weight: Tensor) -> Tensor:
+        """Give diag(m / ‖V‖) V in the dtype of `weight`."""
+        V = weight + (self.scale * (self.lora_B @ self.lora_A)).to(weight.dtype)
+        return (self.magnitude / self.norm(weight)).to(weight.dtype)[:, None] * V
+
+
+METHOD = DoRA
