@@ -25,20 +25,21 @@ PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "lorak
 
 
 class StepClock:
-    """Wall and processor time at the end of every optimizer step of this process, whoever runs the loop."""
+    """Wall and processor time at the end of every optimizer step of this process, whoever runs the loop, until it is read."""
 
     def __init__(self) -> None:
         from torch.optim.optimizer import register_optimizer_step_post_hook
 
         self.wall, self.cpu = list[float](), list[float]()
-        register_optimizer_step_post_hook(self._tick)
+        self._hook = register_optimizer_step_post_hook(self._tick)
 
     def _tick(self, *_: Any) -> None:
         self.wall.append(time.perf_counter())
         self.cpu.append(time.process_time())
 
     def seconds(self, skip: Sequence[int] = ()) -> dict[str, Any]:
-        """Give the time from each step to the next. `skip`: steps (from 0) before which something else ran, such as an evaluation."""
+        """Stop, and give the time from each step to the next. `skip`: steps (from 0) before which something else ran: an evaluation."""
+        self._hook.remove()
         steps = [i for i in range(1, len(self.wall)) if i not in skip]
         wall = [self.wall[i] - self.wall[i - 1] for i in steps]
         cpu = [self.cpu[i] - self.cpu[i - 1] for i in steps]
@@ -60,10 +61,10 @@ def peak_memory() -> int | None:
     return int(found[1]) * 1024 if found else None
 
 
-def parser(doc: str | None, results: str) -> argparse.ArgumentParser:
+def parser(doc: str | None, data: str) -> argparse.ArgumentParser:
     """Give the options that every benchmark has."""
     options = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
-    options.add_argument("--data", type=Path, help=results)
+    options.add_argument("--data", type=Path, help=data)
     options.add_argument("--output", type=Path, default=RESULTS, help="directory for the results (default: results/ beside this file)")
     options.add_argument("--model", help="model in place of the benchmark's own")
     options.add_argument("--tiny", action="store_true", help="a few rows and steps: does it run and agree?")

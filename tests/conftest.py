@@ -91,7 +91,11 @@ def rows(tmp_path: Path) -> Callable[..., Path]:
             for i in range(count):
                 question, answer = f"{i} plus {i * i % 7}?", f"it is {i + i * i % 7}" + "!" * (i % 5)
                 chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-                row = {"text": question + "?!"[i % 2] * 9, "label": ["odd", "even"][i % 2]} if label else {"messages": chat}
+                row = (
+                    {"text": question + "?!"[i % 2] * 9, "label": ["odd", "even"][i % 2]}
+                    if label
+                    else {"messages": chat}
+                )
                 out.write(json.dumps(row) + "\n")
         return file
 

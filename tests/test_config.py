@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from lorakit.core.errors import UsageError
 from lorakit.core.registry import METHODS
 from lorakit.core.target import Target
-from lorakit.train import aliases
+from lorakit.train import aliases, config_check
 from lorakit.train.config import SECTIONS, DataConfig, MethodConfig, ModelConfig, RunConfig, TrainOptions, as_tree
 from lorakit.train.config_check import contradictions, diff, resume_conflicts
 from lorakit.train.config_file import check, dump, load, loads
 from lorakit.train.config_schema import all_keys, flat_names, key_help, schema, section_keys
+from lorakit.train.controllers import CONTROLLERS
 from lorakit.train.yaml_nodes import scalar
 
 MINIMAL = "model: smollm2\ndata: rows.jsonl\n"
@@ -75,8 +76,11 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
 def run_configs(draw: st.DrawFn) -> RunConfig:
     made = {}
     for section, cls in SECTIONS.items():
-        keys = {k.name: values(k.hint) for k in section_keys(section).values()}
+        own = ("controller", "options")  # the files that declare their settings check them: see below
+        keys = {k.name: values(k.hint) for k in section_keys(section).values() if k.name not in own}
         required = {name: keys.pop(name) for name in ("name", "path") if section in ("model", "data") and name in keys}
+        if section == "train":
+            keys["controller"] = st.none() | st.sampled_from(sorted(CONTROLLERS))
         made[section] = cls(**draw(st.fixed_dictionaries(required, optional=keys)))
     name = draw(st.sampled_from(sorted(METHODS)))
     keys = {k.name: values(k.hint) for k in section_keys("method", name).values() if k.name != "name"}
@@ -90,7 +94,9 @@ def run_configs(draw: st.DrawFn) -> RunConfig:
         method = MethodConfig(name=name, config=METHODS[name](**drawn), target=Target(**shared))
     except ValueError:
         reject()
-    found = RunConfig(**made, method=method, output=draw(st.text(min_size=1).filter(lambda t: "\0" not in t)))
+    found = RunConfig(
+        **made, method=method, output=draw(st.text(min_size=1, max_size=40).filter(lambda t: "\0" not in t))
+    )
     return without_contradictions(found)
 
 
@@ -104,6 +110,8 @@ def without_contradictions(found: RunConfig) -> RunConfig:
         target = replace(target, last_n_layers=None)
     if found.eval.patience is not None or found.eval.load_best:
         train = replace(train, eval_steps=None)
+    if any(key == "train.controller" for key, _ in contradictions(found)):
+        train = replace(train, controller=None)
     data = replace(found.data, valid=found.data.valid or 0.1, path=found.data.path.replace("\0", "0"))
     model = replace(found.model, name=found.model.name.replace("\0", "0"), quantize=None)
     return replace(found, model=model, data=data, train=train, method=replace(found.method, target=target))
@@ -309,9 +317,17 @@ def test_unreadable_files_are_usage_errors(tmp_path: Path) -> None:
             load(path)
 
 
+def test_a_format_whose_package_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config_check, "find_spec", lambda name: None)
+    found = problems("model: {name: m, quantize: nf4}\ndata: d\n")
+    assert found == ["train.yaml:1  /model/quantize: nf4 needs the package bitsandbytes: pip install 'lorakit[quant]'"]
+
+
 def test_the_output_must_be_a_directory_outside_the_model(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert "is a file" in problems(MINIMAL, f"output={tmp_path}/file")[0]
+    assert "cannot be a directory" in problems(MINIMAL, f"output={'x' * 300}")[0]
+    assert config(f"model: {'m' * 300}\ndata: {'d' * 300}\noutput: o").train.max_steps is None
     assert "inside the base model's directory" in problems(f"model: {tmp_path}\ndata: d\noutput: {tmp_path}/run\n")[0]
 
 
@@ -563,3 +579,66 @@ def test_the_schema_and_the_parser_accept_the_same_files(changes: list, short: s
     except UsageError:
         parsed = False
     assert accepts(SCHEMA, tree) == parsed
+
+
+# --- settings that one controller or one optimizer declares ---
+
+OWN: list[tuple[str, str, Any]] = [
+    ("train: {controller: cola}", "train.controller", {"name": "cola", "links": 3, "step_down": 1.0}),
+    ("train: {controller: {name: cola, links: 2}}", "train.controller", {"name": "cola", "links": 2, "step_down": 1.0}),
+    (
+        "train: {controller: {name: cola, links: 2.0}}",
+        "train.controller",
+        {"name": "cola", "links": 2, "step_down": 1.0},
+    ),
+    ("train: {controller: null}", "train.controller", None),
+    ("controller: plora", "train.controller", {"name": "plora", "stages": 4, "momentum": 1.0}),
+    ("optim: {name: riemannian}", "optim.options", {"reg": 0.01}),
+    ("optim: {name: lora_pro, options: {adam: false}}", "optim.options", {"adam": False}),
+    ("optim: {options: {}}", "optim.options", {}),
+]
+
+
+@pytest.mark.parametrize(("line", "key", "value"), OWN)
+def test_own_settings_come_from_the_dataclass_of_the_file(line: str, key: str, value: Any) -> None:
+    found = config(f"{MINIMAL}{line}\n")
+    section, _, name = key.partition(".")
+    assert as_tree(found)[section][name] == value
+    assert config(dump(found)) == found
+    check(found)
+    tree = json.loads(json.dumps(as_tree(found)))
+    assert accepts(SCHEMA, tree)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("train: {controller: col}", "/train/controller: must be one of adalora, cola, plora, relora"),
+        ("train: {controller: {name: col}}", "unknown controller 'col'"),
+        ("train: {controller: {links: 2}}", "a controller needs a name"),
+        ("train: {controller: {name: cola, lnks: 2}}", "cola has no setting 'lnks'"),
+        ("train: {controller: {name: cola, links: two}}", "cola.links: Input should be a valid integer"),
+        ("train: {controller: {name: cola, links: 0}}", "links must be at least 1, not 0"),
+        ("train: {controller: {name: plora, momentum: .inf}}", "no settings"),
+        ("optim: {options: {rank: 2}}", "adamw has no options"),
+        ("optim: {name: galore, options: {rnk: 2}}", "galore has no setting 'rnk'"),
+        ("optim: {name: galore, options: {rank: 0}}", "rank and refresh must be at least 1"),
+        ("{train: {controller: relora}, method: dora}", "relora cannot train the method dora: "),
+    ],
+)
+def test_own_settings_that_are_wrong_are_named_with_their_line(line: str, message: str) -> None:
+    text = f"{MINIMAL}{line}\n" if not line.startswith("{") else f"{{model: smollm2, data: rows.jsonl, {line[1:]}"
+    (problem,) = problems(text)
+    assert message in problem
+    assert problem.startswith("train.yaml:")
+
+
+def test_one_setting_of_a_controller_can_be_overridden() -> None:
+    file = f"{MINIMAL}train: {{controller: cola}}\n"
+    assert config(file, "train.controller.links=5").train.controller == {"name": "cola", "links": 5, "step_down": 1.0}
+    both = config(
+        MINIMAL, "train.controller=plora", "train.controller.stages=2", "optim=galore", "optim.options.rank=8"
+    )
+    assert both.train.controller == {"name": "plora", "stages": 2, "momentum": 1.0}
+    assert both.optim.options is not None and both.optim.options["rank"] == 8
+    assert resume_conflicts(config(file), config(file, "train.controller.links=5")) == ["train.controller"]

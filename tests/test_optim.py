@@ -132,10 +132,10 @@ def test_a_shared_parameter_is_in_one_group() -> None:
 
 @pytest.mark.parametrize("name", sorted(lk.METHODS))
 def test_every_method_declares_a_known_role_for_every_parameter(name: str) -> None:
-    model = lk.attach(Net(), lk.METHODS[name](), target_modules=["down"])
+    model = lk.attach(Net(), lk.METHODS[name](), target_modules=["up"])
     parts = [(n, a) for _, _, a in lk.adapters(model, "default") for n, _ in a.named_parameters()]
     assert parts
-    assert {role(n, a) for n, a in parts} <= {"A", "B", "magnitude", "bias", "base", "other"}
+    assert {role(n, a) for n, a in parts} <= {"A", "B", "magnitude", "bias", "base", "other", "frozen"}
 
 
 def test_nothing_or_the_wrong_adapter_to_train_is_an_error() -> None:

@@ -71,7 +71,18 @@ def test_every_package_has_a_layer() -> None:
     assert {p.name for p in PACKAGE.iterdir() if (p / "__init__.py").exists()} <= LEVEL.keys()
 
 
-HEAVY = ["transformers", "pydantic", "rich", "typer", "yaml", "safetensors", "peft", "bitsandbytes", "triton", "matplotlib"]
+HEAVY = [
+    "transformers",
+    "pydantic",
+    "rich",
+    "typer",
+    "yaml",
+    "safetensors",
+    "peft",
+    "bitsandbytes",
+    "triton",
+    "matplotlib",
+]
 
 
 def modules_after(statement: str) -> set[str]:
@@ -108,7 +119,9 @@ def test_core_and_methods_do_not_guess_what_an_object_is(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in FILES if p.parent.name in ("methods", "init") and not p.name.startswith("_")], ids=lambda p: p.name
+    "path",
+    [p for p in FILES if p.parent.name in ("methods", "init") and not p.name.startswith("_")],
+    ids=lambda p: p.name,
 )
 def test_each_method_and_init_names_its_paper(path: Path) -> None:
     doc = ast.get_docstring(ast.parse(path.read_text())) or ""

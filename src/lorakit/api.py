@@ -60,7 +60,9 @@ def train(
     for key, value in settings.items():
         homes = [section for section, cls in classes.items() if key in cls.__dataclass_fields__]
         if len(homes) != 1:
-            raise UsageError(f"train() has no setting {key!r}", fix="see the keys of OptimConfig, TrainOptions and EvalConfig")
+            raise UsageError(
+                f"train() has no setting {key!r}", fix="see the keys of OptimConfig, TrainOptions and EvalConfig"
+            )
         sections[homes[0]][key] = value
     config = RunConfig(
         model=ModelConfig(name=base or model.config._name_or_path or type(model).__name__),

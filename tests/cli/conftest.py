@@ -28,10 +28,10 @@ def lorakit(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
 
 @pytest.fixture(scope="session")
 def orders_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from lorakit.cli.orders import orders
+    from lorakit.data import orders_task
 
     file = tmp_path_factory.mktemp("rows") / "orders.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in orders(16, 4)[0]))
+    file.write_text("".join(json.dumps(row) + "\n" for row in orders_task.rows(0, 16, 4)[0]))
     return file
 
 
@@ -47,7 +47,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, orders_f
         "--output",
         output,
         "--max-steps",
-        6,
+        5,
         "--learning_rate",
         0.05,
     ]

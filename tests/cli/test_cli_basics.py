@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import typer
 
 from lorakit.cli import errors, output
+from lorakit.cli.doctor import EXTRAS
 from lorakit.cli.machine import cores, memory_available, memory_limit, wait_politely
 from lorakit.cli.main import COMMANDS, run
 from lorakit.core import errors as core_errors
@@ -168,6 +170,13 @@ def test_doctor_tells_the_truth(lorakit: Callable) -> None:
     assert f"torch         {torch.__version__}" in text
     for name, extra in found["extras"].items():
         assert (f'pip install "lorakit[{name}]"' in text) == (not extra["installed"])
+
+
+def test_doctor_knows_the_extras_that_can_be_installed() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    for name, (packages, _) in EXTRAS.items():
+        listed = " ".join(project["optional-dependencies"][name])
+        assert all(package in listed for package in packages)
 
 
 def test_the_schema_is_printed_as_json(lorakit: Callable) -> None:

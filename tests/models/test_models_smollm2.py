@@ -34,7 +34,7 @@ LLAMA_CPP = {
 
 
 def permuted(weight, heads):
-    """Order the rows as llama.cpp's converter does: within a head, row 2j is row j, and row 2j + 1 is row j + half."""
+    """Order the rows as llama.cpp's converter does: in a head, row 2j is row j, and row 2j + 1 is row j + half."""
     rows = weight.shape[0] // heads
     order = [head * rows + (j // 2 if j % 2 == 0 else rows // 2 + j // 2) for head in range(heads) for j in range(rows)]
     return weight[order]
@@ -67,7 +67,9 @@ def written_as_gguf(model, tokens, merges, file, pre="smollm"):
         parts = name.removesuffix(".weight").split(".")
         block = f"blk.{parts[2]}." if parts[1] == "layers" else ""
         leaf = ".".join(parts[3:]) if block else ".".join(parts)
-        heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}.get(leaf)
+        heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}.get(
+            leaf
+        )
         weight = permuted(weight, heads) if heads else weight
         writer.add_tensor(f"{block}{LLAMA_CPP[leaf]}.weight", weight.float().numpy())
     writer.write_header_to_file()
@@ -91,25 +93,33 @@ def small():
         rope_theta=50000.0,
         tie_word_embeddings=True,
     )
-    return LlamaForCausalLM(config).to(torch.bfloat16)
+    model = LlamaForCausalLM(config)
+    for weight in model.parameters():
+        weight.data = weight.to(torch.bfloat16).float()  # what the conversion can keep
+    return model
 
 
 def vocabulary():
-    letters = [chr(c) for c in range(ord("!"), ord("!") + 60)]
-    return ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *letters[:60], "ab"], ["a b"]
+    letters = [chr(ord("A") + i) for i in range(60)]
+    return ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *letters, "ab"], ["a b"]
 
 
 def test_conversion_is_the_inverse_of_writing_a_gguf(small, tmp_path):
-    """Right names, shapes, row order, rope base and norm epsilon: the same logits, to the last bit, over long positions."""
+    """Right names, shapes, row order, rope base and norm epsilon: the same logits to the last bit."""
     written_as_gguf(small, *vocabulary(), tmp_path / "small.gguf")
     (tmp_path / "out").mkdir()
     convert(tmp_path / "small.gguf", tmp_path / "out")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16, local_files_only=True)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, local_files_only=True)
     tokens = torch.randint(64, (2, 100))
     assert torch.equal(again(tokens).logits, small(tokens).logits)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer("ab<|im_end|>")["input_ids"] == [63, 2]
-    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id) == (2, 2, 1, 0)
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id) == (
+        2,
+        2,
+        1,
+        0,
+    )
 
 
 def test_another_or_a_damaged_gguf_is_refused(small, tmp_path):
@@ -168,19 +178,33 @@ def test_the_built_in_model_answers(smollm2):
 def test_the_built_in_model_looks_as_published(smollm2):
     config, tokenizer = smollm2.model.config, smollm2.tokenizer
     assert sum(weight.numel() for weight in smollm2.model.parameters()) == 134_515_008
-    assert config.tie_word_embeddings and config.rope_parameters["rope_theta"] == 100_000 and config.rms_norm_eps == 1e-5
-    assert [token.content for token in tokenizer.added_tokens_decoder.values()][:3] == ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    assert (
+        config.tie_word_embeddings and config.rope_parameters["rope_theta"] == 100_000 and config.rms_norm_eps == 1e-5
+    )
+    assert [token.content for token in tokenizer.added_tokens_decoder.values()][:3] == [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+    ]
     assert len(tokenizer.added_tokens_decoder) == 17 and len(tokenizer) == 49152
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<|im_start|>", "<|im_end|>", "<|im_end|>")
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_end|>",
+    )
     assert smollm2.model.generation_config.eos_token_id == 2
 
 
+# The published vocabulary lacks the bytes 04 06 13 14 16 1d and those of unassigned characters; they are lost.
+TEXT = st.text(st.characters(exclude_categories=["Cs", "Cn"], exclude_characters="\x04\x06\x13\x14\x16\x1d"))
+
+
 @settings(max_examples=200, deadline=None)
-@given(text=st.text() | st.text("0123456789 ab\n½Ⅷ٣<|im_end|>"))
+@given(text=TEXT | st.text("0123456789 ab\n½Ⅷ٣<|im_end|>"))
 def test_text_survives_the_tokenizer_and_every_digit_stands_alone(text, smollm2):
     tokenizer = smollm2.tokenizer
     ids = tokenizer(text, split_special_tokens=True)["input_ids"]
-    assert tokenizer.decode(ids) == text.encode("utf-8", "replace").decode()
+    assert tokenizer.decode(ids) == text
     assert not set(ids) & set(range(17)), "typed text became a control token"
     for token in tokenizer.convert_ids_to_tokens(ids):
         assert len(token) == 1 or not any(letter in "0123456789" for letter in token)
@@ -197,7 +221,7 @@ def test_every_control_token_can_be_typed(smollm2):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_against_transformers_own_gguf_loader(wheel_file, smollm2):
-    """transformers unpacks the weights alike. Its tokenizer lacks the published Digits step: equal but for space by a digit."""
+    """The weights are the same. Its tokenizer lacks the published Digits step: it differs for space before a digit."""
     where = {"pretrained_model_name_or_path": Path(wheel_file).parent, "gguf_file": Path(wheel_file).name}
     theirs = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).state_dict()
     for name, weight in smollm2.model.state_dict().items():
@@ -205,8 +229,19 @@ def test_against_transformers_own_gguf_loader(wheel_file, smollm2):
     tokenizer = AutoTokenizer.from_pretrained(**where)
     published = json.loads((smollm2.path / "tokenizer.json").read_text())["pre_tokenizer"]["pretokenizers"]
     assert [step["type"] for step in published] == ["Digits", "ByteLevel"]
-    texts = ["hello world", "  spaces\t tabs\n\n new", "def f(a): # x\n\treturn {'k': [1,2]}", "3.14159 v1.2.3-beta 1,000"]
-    texts += ["Ünïcödé 你好 😀👍🏽 русский", "<|im_start|>user\nhi<|im_end|>\n", "it's we'll I'M", "\r\n crlf", "é\u200b\xa0"]
+    texts = [
+        "hello world",
+        "  spaces\t tabs\n\n new",
+        "def f(a): # x\n\treturn {'k': [1,2]}",
+        "3.14159 v1.2.3-beta 1,000",
+    ]
+    texts += [
+        "Ünïcödé 你好 😀👍🏽 русский",
+        "<|im_start|>user\nhi<|im_end|>\n",
+        "it's we'll I'M",
+        "\r\n crlf",
+        "é\u200b\xa0",
+    ]
     for text in texts:
         assert smollm2.tokenizer(text)["input_ids"] == tokenizer(text)["input_ids"], text
     assert smollm2.tokenizer.tokenize("a  12 b") == ["a", "ĠĠ", "1", "2", "Ġb"]

@@ -14,7 +14,16 @@ import pytest
 
 
 def command(model: Path, data: Path, output: Path) -> list[str]:
-    flags = {"model": model, "data": data, "output": output, "r": 4, "lr": 1e-3, "epochs": 3, "save-steps": 2, "valid": 0.2}
+    flags = {
+        "model": model,
+        "data": data,
+        "output": output,
+        "r": 4,
+        "lr": 1e-3,
+        "epochs": 3,
+        "save-steps": 2,
+        "valid": 0.2,
+    }
     more = ["--dropout", "0.1", "--batch-size", "3", "--accumulate", "2", "--eval-steps", "5", "--dtype", "float32"]
     arguments = [part for key, value in flags.items() for part in (f"--{key}", str(value))]
     return [sys.executable, "-m", "lorakit", "train", *arguments, *more]

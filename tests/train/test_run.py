@@ -48,7 +48,9 @@ def configure(tiny_model: Path, rows: Callable[..., Path], tmp_path: Path) -> Ca
         if not (tmp_path / "train.jsonl").exists():
             rows()
         settings |= {k.replace("__", "."): v for k, v in changes.items()}
-        overrides = [f"{k}={json.dumps(str(v) if isinstance(v, Path) else v)}" for k, v in settings.items() if v is not ...]
+        overrides = [
+            f"{k}={json.dumps(str(v) if isinstance(v, Path) else v)}" for k, v in settings.items() if v is not ...
+        ]
         return loads("", overrides)[0]
 
     return make
@@ -68,7 +70,14 @@ def adapter_bytes(directory: Path) -> bytes:
 
 
 def test_a_run_learns_and_leaves_what_it_promises(configure: Callable[..., RunConfig]) -> None:
-    config = configure(train__epochs=10, data__valid=0.2, optim__lr=3e-2, method__modules_to_save=["lm_head"], eval__prompts=["3 plus 2?"], eval__max_tokens=4)
+    config = configure(
+        train__epochs=10,
+        data__valid=0.2,
+        optim__lr=3e-2,
+        method__modules_to_save=["lm_head"],
+        eval__prompts=["3 plus 2?"],
+        eval__max_tokens=4,
+    )
     result = go(config)
     values = [v for _, key, v in losses(result.directory) if key == "loss"]
     assert sum(values[-3:]) / 3 < 0.7 * values[0]
@@ -77,7 +86,9 @@ def test_a_run_learns_and_leaves_what_it_promises(configure: Callable[..., RunCo
     record = json.loads((result.directory / "metrics.jsonl").read_text().splitlines()[0])
     wanted = {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "trained_tokens", "tok_s", "mem_gb", "t"}
     assert wanted == record.keys()
-    assert result.evaluation["eval_loss"] == pytest.approx([v for _, k, v in losses(result.directory) if k == "eval_loss"][-1])
+    assert result.evaluation["eval_loss"] == pytest.approx(
+        [v for _, k, v in losses(result.directory) if k == "eval_loss"][-1]
+    )
     assert len(result.checks) >= 5
     assert not any("nan" in c for c in result.checks)
 
@@ -215,7 +226,11 @@ def test_nan_stops_before_the_update(
         calls += 1
         total, right = real(task, model, examples)
         if calls == 6:
-            total = total * float("nan") if poison == "loss" else total + (next(iter(lk.adapters(model)))[2].lora_B * 1e38 * 1e38).sum()
+            total = (
+                total * float("nan")
+                if poison == "loss"
+                else total + (next(iter(lk.adapters(model)))[2].lora_B * 1e38 * 1e38).sum()
+            )
         return total, right
 
     monkeypatch.setattr(LanguageModelling, "loss", loss)

@@ -99,18 +99,28 @@ class EightBitKind(LinearKind):
         state = cast(Any, self).state
         if isinstance(self.weight, Int8Params) and self.weight.SCB is None:
             self.weight.CB, self.weight.SCB = self.weight.data, state.SCB
-        return super().matrix()
+        return LinearKind.matrix(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run the layer. On a processor that is x·dense(W)^T also in eval mode, where bitsandbytes would round x to 8 bits."""
-        if not isinstance(self.weight, Int8Params):
-            return _plain(self, x)
-        layer = cast(Linear8bitLt, self)
-        if layer.weight.CB is not None:
-            layer.init_8bit_state()
-        layer.state.is_training = True
-        bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        return bnb.matmul(x, layer.weight, bias=bias, state=layer.state)
+        """Run the layer."""
+        if isinstance(self.weight, Int8Params):
+            return super().forward(x)
+        return _plain(self, x)
+
+
+class Linear8bit(Linear8bitLt):
+    """The layer that "int8" makes: `Linear8bitLt`, run on a processor as x·dense(W)^T in eval mode as in training.
+
+    bitsandbytes rounds x to 8 bits there in eval mode, which is neither what was trained nor faster.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the layer."""
+        if self.weight.CB is not None:
+            self.init_8bit_state()
+        self.state.is_training = True
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return bnb.matmul(x, self.weight, bias=bias, state=self.state)
 
 
 def _plain(layer: Kind, x: Tensor) -> Tensor:
@@ -148,7 +158,8 @@ def _four_bits(layer: nn.Linear, name: str) -> nn.Linear:
 
 def _eight_bits(layer: nn.Linear) -> nn.Linear:
     """Give `layer` with its weight in 8 bits, on the same device."""
-    made = Linear8bitLt(layer.in_features, layer.out_features, bias=False, has_fp16_weights=False, threshold=6.0, device="meta")
+    settings: dict[str, Any] = {"bias": False, "has_fp16_weights": False, "threshold": 6.0, "device": "meta"}
+    made = Linear8bit(layer.in_features, layer.out_features, **settings)
     weight = Int8Params(layer.weight.detach().cpu(), requires_grad=False, has_fp16_weights=False)
     made.weight = weight.to(layer.weight.device)
     made.bias = layer.bias

@@ -1,7 +1,9 @@
 """`lorakit chat`: a conversation in the terminal, with the adapter, without it, or both side by side."""
 
+import importlib
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import typer
@@ -105,9 +107,13 @@ class Conversation:
 
 def lines() -> Iterator[str]:
     """Give what the user types, line by line, blank lines left out; the prompt sign appears on a terminal only."""
+    typed = live(sys.stdin) and live(sys.stdout)
+    if typed:
+        with suppress(ImportError):  # gives `input` line editing and a history, where the system has it
+            importlib.import_module("readline")
     while True:
         try:
-            text = input("> ") if live(sys.stdin) and live(sys.stdout) else next(sys.stdin, None)
+            text = input("> ") if typed else next(sys.stdin, None)
         except EOFError:
             return
         if text is None:

@@ -72,8 +72,6 @@ def write(opened: Any, output: Path, dtype: str) -> None:
     with atomic_directory(output) as work, quiet_transformers():
         model.save_pretrained(work)
         opened.tokenizer.save_pretrained(work)
-        for file in work.iterdir():
-            file.chmod(0o644)  # safetensors makes files that only their owner can read
 
 
 def size(directory: Path) -> int:

@@ -88,10 +88,26 @@ def open_model(name: str, *, base: str | None = None, dtype: str = "auto", class
     chosen = base or base_of(adapter)
     if not quiet():
         note(f"adapter {adapter} on {chosen}")
+    _check_base(adapter, side, chosen, named=base is not None)
     loaded = load(chosen, task="causal" if labels is None else "classification", labels=labels, dtype=dtype)
     load_adapter(loaded.model, adapter, ADAPTER)
     loaded.model.eval()
     return Opened(loaded.model, loaded.tokenizer, chosen, loaded.path, adapter, side)
+
+
+def _check_base(adapter: Path, side: dict[str, Any], chosen: str, *, named: bool) -> None:
+    """Refuse a base whose weights are not those the adapter was trained on; one that was named on purpose gets a note."""
+    from ..models.directory import fingerprint
+    from ..models.resolve import resolve
+
+    wanted = (side.get("base") or {}).get("fingerprint")
+    if wanted is None or fingerprint(resolve(chosen)) == wanted:
+        return
+    if not named:
+        why = "its fingerprint differs from the one in lorakit.json; on other weights the adapter means something else"
+        fix = "--base MODEL names a base on purpose"
+        raise FileError(f"{chosen} is not the model this adapter was trained on", why=why, fix=fix, where=str(adapter))
+    note(f"{chosen} is not the model this adapter was trained on")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """`lorakit quickstart`: the whole story in a minute, on any machine and offline: data, training, proof, result."""
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
@@ -28,6 +27,7 @@ def quickstart(
     It learns to turn orders into JSON tickets; you see what it answers before and after. Needs no network.
     """
     from ..api import run
+    from ..data import orders_task
     from ..train.run_directory import RunDirectory
     from .machine import set_threads
 
@@ -35,11 +35,11 @@ def quickstart(
     RunDirectory(output, overwrite=overwrite)  # refuses a finished run before anything is computed
     show_machine(threads)
     show_model()
-    data = output.with_name(f"{output.name}-data")
-    write_data(data, seed)
+    data = orders_task.write(output.with_name(f"{output.name}-data"), seed, ROWS, HELD_OUT)
     config = configuration(data / "train.jsonl", output, seed)
     show_data(data)
-    asked = read_questions(data / "test.jsonl")
+    show_plan(config)
+    asked = read_questions(data / "valid.jsonl")
     before = ask(MODEL, asked)
     show_answer("BEFORE", asked, before)
     done = run(config, overwrite=overwrite)
@@ -66,16 +66,6 @@ def configuration(data: Path, output: Path, seed: int) -> "RunConfig":
         train=c.TrainOptions(task="sft", batch_size=8, max_steps=STEPS, save_steps=13, eval_steps=0, seed=seed),
         output=str(output),
     )
-
-
-def write_data(directory: Path, seed: int) -> None:
-    """Write the rows; the same seed gives the same bytes."""
-    from ..core.files import atomic_write
-    from .orders import orders
-
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, rows in zip(("train", "test"), orders(ROWS, HELD_OUT, seed), strict=True):
-        atomic_write(directory / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_questions(file: Path) -> list[Any]:
@@ -142,6 +132,21 @@ def show_data(data: Path) -> None:
         result(f"          │ {line}")
 
 
+def show_plan(config: "RunConfig") -> None:
+    """Print what will be trained, and what that needs."""
+    from .plan import duration, gigabytes
+    from .planning import make_plan
+
+    plan = make_plan(config)
+    made, method = plan.summary, cast(Any, config.method.config)
+    counts = f"{made.trainable / 1e6:.2f} M of {made.total / 1e6:.0f} M parameters ({made.share:.2%})"
+    result(
+        f"● plan    {type(method).__name__} r={method.r} α={method.alpha:g} on {made.layers} linear layers "
+        f"(last {config.method.target.last_n_layers} blocks) · {counts} · "
+        f"{plan.steps} steps · ~{gigabytes(plan.need.total)} GB · ~{duration(plan.seconds)}"
+    )
+
+
 def show_answer(when: str, asked: list[Any], texts: list[str]) -> None:
     """Print the first question with its answer, and how many of all are exactly right."""
     prompt, text = asked[0][0][-1]["content"], " ".join(texts[0].split())
@@ -152,9 +157,7 @@ def show_answer(when: str, asked: list[Any], texts: list[str]) -> None:
 def show_next(done: Any, output: Path) -> None:
     """Print what was proved and what to try."""
     result("")
-    for check in done.checks:
-        result(f"✓ {check}")
-    result(f"  {done.summary}")
+    result(f"✓ {done.checks[-1]}")  # the others were said as they were made
     result(f"""
 Try next:  lorakit chat {output} --compare
            lorakit merge {output} -o merged

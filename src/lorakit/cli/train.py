@@ -28,7 +28,7 @@ def train(
 
     The same command on an unfinished run goes on with it; on a finished one it refuses without --overwrite.
     """
-    from ..train.config_file import load
+    from ..train.config_file import load, place_of
     from .machine import set_threads
     from .overrides import help_text, split
 
@@ -50,7 +50,12 @@ def train(
     note(f"training in {directory} ({threads} threads)")
     from ..api import run
 
-    done = run(config, overwrite=overwrite)
+    try:
+        done = run(config, overwrite=overwrite)
+    except UsageError as error:  # what the model or the data refuses has a line in the file too
+        if file is not None and error.where is None:
+            error.where = place_of(file, error.what.partition(":")[0])
+        raise
     show_result(done, json=json)
 
 

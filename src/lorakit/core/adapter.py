@@ -7,7 +7,7 @@ Every class is either abstract or final, and an implemented method is never over
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple, Protocol, Self, final, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, Self, final, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -77,7 +77,7 @@ class AbstractAdapter(nn.Module, ABC):
     ROLES: ClassVar[Mapping[str, str]]
     """Role of each own parameter for the optimizer: "A", "B", "magnitude", "bias", "base" (a weight trained in full), "frozen"."""
 
-    config: "Method"
+    config: Any
     """The hyper-parameters this adapter was built with, its own rank and alpha after the patterns."""
 
     @abstractmethod

@@ -9,7 +9,7 @@ model with adapters cannot be pickled whole (its state dict can).
 import copy
 import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast, final
 
@@ -80,11 +80,9 @@ def wrapped_class(layer: nn.Module) -> type[nn.Module]:
 
 def _adapt(layer: nn.Module) -> Adapted:
     if not isinstance(layer, Adapted):
-        mixin = kind(layer)
-        layer.adapters = nn.ModuleDict()
-        layer.active = None
-        layer.merged = None
-        layer.__class__ = _adapted_class(type(layer), mixin)
+        layer.__class__ = _adapted_class(type(layer), kind(layer))
+        adapted = cast(Adapted, layer)
+        adapted.adapters, adapted.active, adapted.merged = nn.ModuleDict(), None, None
     return cast(Adapted, layer)
 
 
@@ -105,8 +103,9 @@ def attach(
 ) -> nn.Module:
     """Give the targeted layers of `model` an adapter `name`, activate it, and leave exactly it trainable.
 
-    The other arguments are those of `Target`; `statistics` are measurements by layer path, for the starts that need them. Raises UsageError for a name in use, for targets that match nothing and for
-    patterns that the method cannot follow; the model is then unchanged.
+    The other arguments are those of `Target`; `statistics` are measurements by layer path, for the starts that need them.
+    Raises UsageError for a name in use, for targets that match nothing and for patterns and layers that the method cannot
+    follow; the model is then unchanged.
     """
     target = Target(
         target_modules=target_modules,
@@ -119,9 +118,13 @@ def attach(
         fused=fused,
     )
     place(model, method, target, name)
-    for path, layer, adapter in adapters(model, name):
-        if isinstance(adapter, AbstractAdapter):
-            adapter.start(cast(Base, layer), (statistics or {}).get(path))
+    try:
+        for path, layer, adapter in adapters(model, name):
+            if isinstance(adapter, AbstractAdapter):
+                adapter.start(cast(Base, layer), (statistics or {}).get(path))
+    except BaseException:
+        detach(model, name)
+        raise
     use(model, name)
     return trainable(model, name)
 
@@ -235,7 +238,7 @@ def use(model: nn.Module, name: str | None) -> nn.Module:
 
 
 @contextmanager
-def disabled(model: nn.Module) -> Iterator[nn.Module]:
+def disabled(model: nn.Module) -> Generator[nn.Module]:
     """Run the base model as it was, inside `with disabled(model):`."""
     before = [(m, m.active) for m in model.modules() if isinstance(m, Adapted)]
     for layer, _ in before:

@@ -8,7 +8,7 @@ matrix per layer and kind of statistic; where that is more than `at_once` bytes,
 is first asked for, and only the latest group is kept.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -142,7 +142,7 @@ class _Sums:
 
 
 @contextmanager
-def _watched(model: nn.Module, layers: Mapping[str, nn.Module], sums: Mapping[str, _Sums]) -> Iterator[Tensor]:
+def _watched(model: nn.Module, layers: Mapping[str, nn.Module], sums: Mapping[str, _Sums]) -> Generator[Tensor]:
     """Hook the layers, switch dropout and the gradients of weights off, and put everything back at the end."""
     training = [module for module in model.modules() if module.training]
     learning = [p for p in model.parameters() if p.requires_grad]

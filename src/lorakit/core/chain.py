@@ -64,10 +64,12 @@ class Chain(AdditiveAdapter):
 
     def delta(self, x: Tensor, base: Base) -> Tensor:
         """Give the live change plus the frozen one, which sees no dropout: it is part of what is adapted."""
-        A, B = self.frozen_A, self.frozen_B
+        live, A, B = self.live.delta(x, base), self.frozen_A, self.frozen_B
+        if not len(A):  # nothing frozen yet, and a convolution to no channels is an error
+            return live
         if x.is_floating_point():
             A, B = A.to(x.dtype), B.to(x.dtype)
-        return self.live.delta(x, base) + base.mix(base.project(x, A), B) * self.scale.to(B.dtype)
+        return live + base.mix(base.project(x, A), B) * self.scale.to(B.dtype)
 
     def roles(self) -> dict[str, str]:
         """Give the live adapter's roles, and the frozen factors."""

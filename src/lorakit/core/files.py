@@ -65,6 +65,9 @@ def atomic_directory(target: Path) -> Generator[Path]:
             fresh = work / "new"
             fresh.mkdir()
             yield fresh
+            for file in fresh.rglob("*"):
+                if file.is_file():
+                    file.chmod(0o644)  # safetensors makes files that only their owner can read
             _sync_tree(fresh)
             _commit(fresh, target, work)
 

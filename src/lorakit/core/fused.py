@@ -4,8 +4,8 @@ A fused layer at `h.0.attn.c_attn` is targeted as if its parts were layers: `c_a
 Which rows of the matrix are which part is known for the common names, and can be given as sizes: `fused={"my_qkv": {"q": 64, ...}}`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol, final, runtime_checkable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Protocol, cast, final, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ LAYOUTS: Mapping[tuple[str, str | None], Callable[[int, Mapping], dict[str, Tens
 def contiguous(sizes: Mapping[str, int], out: int) -> dict[str, Tensor]:
     """Give the rows of parts that stand one after the other. Raises UsageError if the sizes do not add up to `out`."""
     if sum(sizes.values()) != out:
-        raise UsageError(f"fused sizes {dict(sizes)} add up to {sum(sizes.values())}, the layer has {out} outputs")
+        raise UsageError(f"fused sizes {list(sizes.values())[:10]} add up to {sum(sizes.values())}, the layer has {out} outputs")
     return dict(zip(sizes, torch.arange(out).split(list(sizes.values())), strict=True))
 
 
@@ -82,9 +82,13 @@ def declared_rows(given: Declared, out: int) -> dict[str, Tensor]:
     sizes = {name: size for name, size in given.items() if isinstance(size, int)}
     if len(sizes) == len(given):
         return contiguous(sizes, out)
-    rows = {n: torch.cat([torch.arange(a, b) for a, b in spans]) for n, spans in given.items() if not isinstance(spans, int)}
-    if len(rows) < len(given) or any(not 0 <= int(r.min()) <= int(r.max()) < out for r in rows.values()):
-        raise UsageError(f"fused parts {dict(given)} are no rows of a layer with {out} outputs")
+    spans = {name: own for name, own in given.items() if not isinstance(own, int)}
+    every = [span for own in spans.values() for span in own]
+    inside = all(own for own in spans.values()) and all(0 <= a < b <= out for a, b in every)
+    if len(spans) < len(given) or not inside or sum(b - a for a, b in every) > out:
+        names = ", ".join(map(repr, list(given)[:10]))
+        raise UsageError(f"the fused parts {names} are no rows of a layer with {out} outputs", fix="give [start, stop) ranges of its rows")
+    rows = {name: torch.cat([torch.arange(a, b) for a, b in own]) for name, own in spans.items()}
     return rows
 
 
@@ -119,13 +123,17 @@ class Parts(AbstractAdapter):
         for name in adapters:
             self.register_buffer(f"rows_{name}", rows[name], persistent=False)
 
+    def each(self) -> Iterator[tuple[str, AbstractAdapter]]:
+        """Yield (part, its adapter)."""
+        return ((name, cast(AbstractAdapter, part)) for name, part in self.parts.items())
+
     def rows(self, name: str) -> Tensor:
         """Give the rows (out_part,) of the fused matrix that part `name` is."""
         return self.get_buffer(f"rows_{name}")
 
     def start(self, base: Base, statistics: Statistics | None = None) -> None:
         """Start each part."""
-        for name, part in self.parts.items():
+        for name, part in self.each():
             own = None if statistics is None else statistics.rows(self.rows(name))
             part.start(_Rows(base, self.rows(name)), own)
 
@@ -133,7 +141,7 @@ class Parts(AbstractAdapter):
         """Run the layer once and replace the outputs of the adapted parts."""
         frozen = base.frozen(x)
         y = frozen
-        for name, part in self.parts.items():
+        for name, part in self.each():
             rows = self.rows(name)
             y = y.index_copy(-1, rows, part(x, _Rows(base, rows, frozen)).to(y.dtype))
         return y
@@ -141,7 +149,7 @@ class Parts(AbstractAdapter):
     def merge(self, weight: Tensor) -> Tensor:
         """Merge each part's rows."""
         merged = weight.clone()
-        for name, part in self.parts.items():
+        for name, part in self.each():
             merged[self.rows(name)] = part.merge(weight[self.rows(name)])
         return merged
 
@@ -150,7 +158,7 @@ class Parts(AbstractAdapter):
         if bias is None:
             return None
         merged = bias.clone()
-        for name, part in self.parts.items():
+        for name, part in self.each():
             merged[self.rows(name)] = part.merge_bias(bias[self.rows(name)])
         return merged
 
@@ -160,7 +168,7 @@ class Parts(AbstractAdapter):
 
     def compact(self) -> "Parts":
         """Give the compact parts."""
-        parts = {name: part.compact() for name, part in self.parts.items()}
+        parts = {name: part.compact() for name, part in self.each()}
         return Parts(parts, {name: self.rows(name) for name in parts}, self.out_features)
 
     def shared_tensors(self) -> dict[str, Tensor]:
@@ -169,7 +177,7 @@ class Parts(AbstractAdapter):
 
     def roles(self) -> dict[str, str]:
         """Give the parts' roles."""
-        return {f"parts.{name}.{key}": role for name, part in self.parts.items() for key, role in part.roles().items()}
+        return {f"parts.{name}.{key}": role for name, part in self.each() for key, role in part.roles().items()}
 
 
 class _Rows:

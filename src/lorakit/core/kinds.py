@@ -10,6 +10,7 @@ A method that uses only these verbs works on every kind. A new kind is a mixin a
 """
 
 import sys
+from collections.abc import Callable
 from functools import singledispatch
 
 import torch
@@ -76,6 +77,9 @@ class Kind(nn.Module):
 class LinearKind(Kind):
     """`nn.Linear` and what derives from it."""
 
+    out_features: int
+    in_features: int
+
     def shape(self) -> Shape:
         """Give (out, in)."""
         return Shape(int(self.out_features), int(self.in_features), bias=self.bias is not None)
@@ -118,6 +122,10 @@ class EmbeddingKind(Kind):
     """`nn.Embedding`: token ids in, rows of the weight out. As a matrix it maps one-hot inputs, so W = weight^T."""
 
     bias = None
+    num_embeddings: int
+    embedding_dim: int
+    padding_idx: int | None
+    scale_grad_by_freq: bool
 
     def shape(self) -> Shape:
         """Give (dim, vocab)."""
@@ -142,6 +150,8 @@ class EmbeddingKind(Kind):
 
 class ConvKind(Kind):
     """`nn.Conv1d/2d/3d`: A is a convolution to r channels, B a 1x1 convolution, as in PEFT."""
+
+    _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
     def shape(self) -> Shape:
         """Give (out, in * kernel)."""

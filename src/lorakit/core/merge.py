@@ -6,7 +6,7 @@ smaller than a quantization step), so it is done only on request. `unmerge` puts
 subtracting: subtraction drifts (in bf16 by 0.3 % of the weights after 11 rounds).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import cast
 
 import torch
@@ -36,7 +36,9 @@ def merge(model: nn.Module, name: str = "default", *, keep: bool = True, requant
             new = dict(_merged_weights(layer, adapter, requantize))
             for key, value in new.items():
                 if not torch.isfinite(dense(value)).all():
-                    raise DivergenceError(f"merging {name!r} gives NaN or infinity in {path}.{key}; the model is unchanged")
+                    raise DivergenceError(
+                        f"merging {name!r} gives NaN or infinity in {path}.{key}; the model is unchanged"
+                    )
             done.append((layer, _swap(layer, new)))
     except BaseException:
         for layer, kept in done:
@@ -87,7 +89,7 @@ def _wide(value: Tensor) -> Tensor:
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
-def _swap(layer: nn.Module, new: dict[str, Tensor]) -> dict[str, nn.Parameter]:
+def _swap(layer: nn.Module, new: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
     """Put new parameters in and give the old ones back. Other layers that share an old one (tied weights) keep it."""
     old = {}
     for key, value in new.items():

@@ -12,13 +12,13 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from re import _constants as op
-from re import _parser as parser
+from re import _parser as parser  # ty: ignore[missing-module-member]
 from typing import Any
 
 from .errors import UsageError
 
 MAX_LENGTH, MAX_DEPTH = 2000, 20
-STEPS, STEPS_PER_NAME, STEPS_PER_CHARACTER = 1_000_000, 2_000, 20  # a million steps take about half a second
+STEPS, STEPS_PER_NAME, STEPS_PER_CHARACTER = 1_000_000, 10_000, 20  # a million steps take about half a second
 
 Positions = frozenset[int] | set[int]
 
@@ -26,6 +26,11 @@ Positions = frozenset[int] | set[int]
 def is_suffix(entry: str, path: str) -> bool:
     """Whether a plain name means this path: equal to it, or to its last components."""
     return path == entry or path.endswith("." + entry)
+
+
+def suffixes(path: str) -> set[str]:
+    """Give every plain name that means this path."""
+    return {path, *(path[i + 1 :] for i, character in enumerate(path) if character == ".")}
 
 
 class Budget:
@@ -38,7 +43,9 @@ class Budget:
         """Take steps off."""
         self.left -= steps
         if self.left < 0:
-            raise UsageError(f"{pattern[:100]!r} takes too long to match", fix="write it with fewer * and +, or list the layers")
+            raise UsageError(
+                f"{pattern[:100]!r} takes too long to match", fix="write it with fewer * and +, or list the layers"
+            )
 
 
 @dataclass(frozen=True)

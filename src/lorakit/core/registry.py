@@ -17,6 +17,10 @@ class Registry(Mapping[str, Any]):
     def __init__(self, package: str, attribute: str, what: str) -> None:
         self.package, self.attribute, self.what = package, attribute, what
 
+    # A registry is itself only: comparing the contents, as a Mapping does, would import every file.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
     def __iter__(self) -> Iterator[str]:
         spec = importlib.util.find_spec(self.package)
         locations = list(spec.submodule_search_locations or []) if spec else []

@@ -1,13 +1,10 @@
 """How much an adapter adds: parameters, compression, and work per token, from the formulas."""
 
 from dataclasses import dataclass
-from typing import cast
 
 from torch import nn
 
-from .adapter import AbstractAdapter
 from .attach import Adapted, adapters, require
-from .kinds import Kind
 from .weight import shape_of
 
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from . import fused
 from .errors import UsageError
 from .kinds import Kind, is_linear, kind
-from .pattern import Budget, compile_safe, is_suffix
+from .pattern import Budget, compile_safe, is_suffix, suffixes
 
 ALL_LINEAR = "all-linear"
+SHOWN = 10  # entries of a list that an error names
 T = TypeVar("T")
 
 
@@ -81,11 +82,15 @@ def sites(model: nn.Module, target: Target) -> list[Site]:
         chosen = [s for s in chosen if s.name not in out and s.path not in out]
     chosen = _in_layers(model, chosen, target)
     if not chosen and target.target_modules:
-        raise UsageError("no layer is left to adapt", why="exclude_modules, layers and last_n_layers took out every target")
+        raise UsageError(
+            "no layer is left to adapt", why="exclude_modules, layers and last_n_layers took out every target"
+        )
     whole = {s.path for s in chosen if s.part is None}
     twice = sorted({s.path for s in chosen if s.part is not None} & whole)
     if twice:
-        raise UsageError(f"{twice[0]} is targeted as a whole and by its parts", fix="name the layer or its parts, not both")
+        raise UsageError(
+            f"{twice[0]} is targeted as a whole and by its parts", fix="name the layer or its parts, not both"
+        )
     return chosen
 
 
@@ -119,7 +124,9 @@ def by_pattern(patterns: Mapping[str, T] | None, names: Sequence[str], what: str
 
 
 def _matcher(pattern: str, budget: Budget) -> Callable[[str], object]:
-    plain = re.fullmatch(r"(\^?)([\w.-]+)\$?", pattern)  # most are: a name, or ^ and a whole path, as PEFT's own examples
+    plain = re.fullmatch(
+        r"(\^?)([\w.-]+)\$?", pattern
+    )  # most are: a name, or ^ and a whole path, as PEFT's own examples
     if plain:
         anchored, name = plain.groups()
         return name.__eq__ if anchored else lambda path: is_suffix(name, path)
@@ -149,10 +156,12 @@ def _select(every: list[Site], wanted: str | Sequence[str], what: str, model: nn
         if not hits:
             raise _unmatched(what, [wanted], [s.name for s in every], model)
     else:
-        hits = [s for s in every if any(is_suffix(entry, s.name) for entry in wanted)]
-        lost = [entry for entry in wanted if not any(is_suffix(entry, s.name) for s in every)]
+        names = set(wanted)
+        hits = [s for s in every if not names.isdisjoint(suffixes(s.name))]
+        found = {end for s in hits for end in suffixes(s.name)}
+        lost = [entry for entry in wanted if entry not in found]
         if lost:
-            raise _unmatched(what, lost, [s.name for s in every], model, matched=[e for e in wanted if e not in lost])
+            raise _unmatched(what, lost, [s.name for s in every], model, matched=[e for e in wanted if e in found])
     for site in hits:
         if isinstance(site.layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
             raise UsageError(
@@ -191,14 +200,15 @@ def block(path: str, lists: Mapping[str, int]) -> tuple[int | None, int]:
 def _unmatched(
     what: str, entries: list[str], names: Iterable[str], model: nn.Module, matched: Sequence[str] = ()
 ) -> UsageError:
-    names = list(names)
+    names, first = list(names), entries[:SHOWN]
     leaves = sorted({name.rpartition(".")[2] for name in names} - {""})
     leaves = [leaf for leaf in leaves if not leaf.isdigit()] or leaves
-    near = [n for e in entries for n in difflib.get_close_matches(e.rpartition(".")[2], leaves, n=1, cutoff=0.5)]
+    near = [n for e in first for n in difflib.get_close_matches(e.rpartition(".")[2][:100], leaves, n=1, cutoff=0.5)]
     listed = " ".join(leaves[:30]) + (" ..." if len(leaves) > 30 else "")
-    counts = ", ".join(f"{e!r} matched {sum(is_suffix(e, n) for n in names)}" for e in matched)
+    counts = ", ".join(f"{e!r} matched {sum(is_suffix(e, n) for n in names)}" for e in matched[:SHOWN])
+    more = f" and {len(entries) - SHOWN} more" if len(entries) > SHOWN else ""
     return UsageError(
-        f"{what}: {', '.join(map(repr, entries))} matches no layer of {type(model).__name__}",
+        f"{what}: {', '.join(repr(e[:100]) for e in first)}{more} matches no layer of {type(model).__name__}",
         why=counts or None,
         fix=(f"did you mean {', '.join(map(repr, near))}? " if near else "") + f"names here end in: {listed}",
     )

@@ -62,14 +62,6 @@ def write(directory: str | Path, seed: int = 0, train: int = 240, valid: int = 4
     return directory
 
 
-def exact_match(text: str, expected: str) -> bool:
-    """Whether two answers are the same JSON value, spaces and the order of keys aside; 2 and "2" differ."""
-    try:
-        return json.loads(text) == json.loads(expected)
-    except (ValueError, RecursionError):
-        return False
-
-
 def _row(draw: random.Random, name: str, drink: str) -> dict[str, Any]:
     qty = 1 + int(draw.random() * len(NUMBERS))
     size = _pick(draw, SIZES)

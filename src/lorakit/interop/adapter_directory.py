@@ -9,6 +9,7 @@ error lists all problems. Nothing is unpickled, and no path of the machine is wr
 """
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,20 +22,22 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import AbstractAdapter, Method
-from ..core.attach import Adapted, Attached, Replacement, adapters, place, places, require, use
-from ..core.errors import FileError, UsageError
+from ..core.attach import Adapted, Attached, Replacement, adapters, detach, place, places, require, use
+from ..core.errors import DivergenceError, FileError, UsageError
 from ..core.files import atomic_directory
 from ..core.fused import Parts, ranges
 from ..core.pattern import is_suffix
 from ..core.registry import METHODS
 from ..core.target import Target, saved_modules, sites
 from .keys import PREFIX, config_in_file, file_tensors, fill, spelled_for_peft
-from .peft_config import read_config, write_config
-from .read import TensorInfo, read_header, read_json, read_tensors, regular_file, some
+from .peft_config import check_side, read_config, write_config
+from .read import FLOATS, TensorInfo, read_header, read_json, read_tensors, regular_file, shown, some
 
 CONFIG, WEIGHTS, SIDE = "adapter_config.json", "adapter_model.safetensors", "lorakit.json"
+PICKLE = "adapter_model.bin"
 FORMAT = 1
 BASE_WEIGHT = ".base_layer.weight"
+INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 
 class Tokenizer(Protocol):
@@ -55,15 +58,18 @@ def save(
     task_type: str | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write adapter `name` as a PEFT directory, whole or not at all; a directory that is there is replaced.
+    """Write adapter `name` as a PEFT directory, whole or not at all; an adapter that is there is replaced.
 
     base: what `base_model_name_or_path` is to say (a hub id or a built-in name; of a path only the last component is kept).
     task_type: PEFT's, such as "CAUSAL_LM". extra: more facts for `lorakit.json` (class names, fingerprints).
+    Raises UsageError for a directory that holds something else, DivergenceError for NaN or infinity in the adapter.
     """
     require(model, name)
     found = list(_to_save(model, name))
     tensors = {key: value.detach().cpu().contiguous() for p, layer, a in found for key, value in file_tensors(p, layer, a)}
     config, side = describe(model, name, base=base, task_type=task_type)
+    _check_finite(tensors)
+    _check_replaceable(Path(directory))
     with atomic_directory(Path(directory)) as work:
         safetensors.torch.save_file(tensors, work / WEIGHTS, metadata={"format": "pt"})
         (work / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -117,28 +123,40 @@ def load(model: nn.Module, directory: str | Path, name: str = "default", *, trai
     if not directory.is_dir():
         raise FileError(f"no adapter directory {str(directory)!r}", fix="give the directory that holds adapter_config.json")
     config = read_json(regular_file(directory, CONFIG))
-    side = read_json(regular_file(directory, SIDE)) if (directory / SIDE).exists() else {}
+    side = read_json(regular_file(directory, SIDE)) if os.path.lexists(directory / SIDE) else {}
     if side.get("format", FORMAT) != FORMAT:
-        raise FileError(f"lorakit.json has format {side['format']}", why=f"this lorakit reads format {FORMAT}", where=str(directory))
-    if (directory / "adapter_model.bin").exists() and not (directory / WEIGHTS).exists():
-        raise FileError("the adapter is a pickle (adapter_model.bin)", why="unpickling can run code", fix="save it as safetensors", where=str(directory))
+        raise FileError(f"lorakit.json has format {shown(side['format'])}", why=f"this lorakit reads format {FORMAT}", where=str(directory))
+    if (directory / PICKLE).exists() and not (directory / WEIGHTS).exists():
+        raise FileError(f"the adapter is a pickle ({PICKLE})", why="unpickling can run code", fix="save it as safetensors", where=str(directory))
     weights = regular_file(directory, WEIGHTS)
     header = read_header(weights)
     try:
+        check_side(side)
         method, target = read_config(config, side)
+        _check_ranks(method, target, side, header)
         target = _by_parts(model, target, side.get("parts", {}))
         _check_tensors(header, _expected(model, method, target), weights)
     except UsageError as error:  # what a user would have to change in a configuration is here a property of the file
         raise FileError(f"the adapter does not fit this model: {error.what}", why=error.why, where=str(directory)) from error
     tensors = read_tensors(weights)
+    if {key: tuple(t.shape) for key, t in tensors.items()} != {key: info.shape for key, info in header.items()}:
+        raise FileError(f"{weights.name} was changed while it was read", fix="load it again", where=str(weights))
     _check_values(model, tensors, weights)
     place(model, method, target, name)
+    try:
+        _fill(model, name, tensors, trainable)
+    except BaseException:
+        detach(model, name)
+        raise
+    return use(model, name)
+
+
+def _fill(model: nn.Module, name: str, tensors: Mapping[str, Tensor], trainable: bool) -> None:
     for path, layer, adapter in adapters(model, name):
         fill(path, layer, adapter, tensors)
         roles = adapter.roles()
         for key, parameter in adapter.named_parameters():
             parameter.requires_grad_(trainable and roles[key] != "frozen")
-    return use(model, name)
 
 
 def _by_parts(model: nn.Module, target: Target, parts: Mapping[str, Mapping[str, Any]]) -> Target:
@@ -151,55 +169,96 @@ def _by_parts(model: nn.Module, target: Target, parts: Mapping[str, Mapping[str,
         target,
         target_modules=[n for p in paths for n in ([f"{p}.{part}" for part in parts[p]] if p in parts else [p])],
         rank_pattern={k: v for k, v in (target.rank_pattern or {}).items() if k not in parts}
-        | {n: config["r"] for n, config in named.items() if config},
+        | {n: config["r"] for n, config in named.items() if "r" in config},
         alpha_pattern={k: v for k, v in (target.alpha_pattern or {}).items() if k not in parts}
-        | {n: config["alpha"] for n, config in named.items() if config},
+        | {n: config["alpha"] for n, config in named.items() if "alpha" in config},
     )
 
 
-def _expected(model: nn.Module, method: Method, target: Target) -> dict[str, tuple[int, ...]]:
-    """Give key -> shape of every tensor the file must hold. Nothing is allocated: a rank of millions costs nothing."""
+def _check_ranks(method: Method, target: Target, side: Mapping[str, Any], header: Mapping[str, TensorInfo]) -> None:
+    """Raise FileError for a rank that no tensor of the file is large enough for, before anything is built with it."""
+    largest = max((size for info in header.values() for size in info.shape), default=0)
+    ranks = [(key, value) for key, value in vars(method).items() if (key == "r" or key.endswith("_r")) and value is not None]
+    ranks += [("rank_pattern", r) for r in (target.rank_pattern or {}).values()]
+    ranks += [("parts", part.get("r") or 0) for its in side.get("parts", {}).values() for part in its.values()]
+    wrong = [f"{key} asks for rank {shown(r)}" for key, r in ranks if r > largest]
+    if wrong:
+        raise FileError(f"{CONFIG}: {some(wrong)}, but no tensor of the file has a side longer than {largest}")
+
+
+def _expected(model: nn.Module, method: Method, target: Target) -> dict[str, Tensor]:
+    """Give a tensor of the right shape and kind for every key the file must hold, without memory behind it."""
     expected = {}
     spots = places(model, method, target)
     with torch.device("meta"):
         for spot in spots:
-            expected |= {key: tuple(t.shape) for key, t in file_tensors(spot.path, spot.layer, spot.build())}
+            expected |= dict(file_tensors(spot.path, spot.layer, spot.build()))
     for path, module in saved_modules(model, target):
-        expected |= {f"{PREFIX}{path}.{key}": tuple(t.shape) for key, t in module.state_dict().items()}
+        expected |= {f"{PREFIX}{path}.{key}": t for key, t in module.state_dict().items()}
     return expected
 
 
-def _check_tensors(header: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]], file: Path) -> None:
+def _check_tensors(header: Mapping[str, TensorInfo], expected: Mapping[str, Tensor], file: Path) -> None:
     """Raise FileError unless the file holds exactly the expected tensors."""
     missing = [key for key in expected if key not in header]
     extra = [key for key in header if key not in expected and not key.endswith(BASE_WEIGHT)]
-    shapes = [
-        f"{key} is {list(header[key].shape)}, expected {list(shape)}"
-        for key, shape in expected.items()
-        if key in header and header[key].shape != shape
-    ]
+    both = [(key, header[key], t) for key, t in expected.items() if key in header]
+    shapes = [f"{key} is {list(info.shape)}, expected {list(t.shape)}" for key, info, t in both if info.shape != t.shape]
+    kinds = [f"{key} is {info.dtype}" for key, info, t in both if not _may_hold(info.dtype, t)]
     problems = [
-        f"{what}: {some([repr(item)[:120] for item in items])}"
-        for what, items in (("missing", missing), ("not used by this model and configuration", extra), ("wrong shape", shapes))
+        f"{what}: {some([shown(item) for item in items])}"
+        for what, items in (
+            ("missing", missing),
+            ("not used by this model and configuration", extra),
+            ("wrong shape", shapes),
+            ("wrong dtype", kinds),
+        )
         if items
     ]
     if problems:
+        count = len({*missing, *extra}) + len({key for key, info, t in both if info.shape != t.shape or not _may_hold(info.dtype, t)})
         raise FileError(
-            f"{file.name} and this model do not fit: {len(missing) + len(extra) + len(shapes)} of {len(header)} tensors",
+            f"{file.name} and this model do not fit: {count} of {len({*header, *expected})} tensors",
             why="; ".join(problems),
             fix="load it on the base model it was trained on; check r and target_modules in adapter_config.json",
             where=str(file),
         )
 
 
+def _may_hold(dtype: str, expected: Tensor) -> bool:
+    """Whether a tensor of the file can become this one: floats from floats; a buffer of integers only from the same ones."""
+    return dtype in FLOATS if expected.is_floating_point() else INTEGERS.get(dtype) is expected.dtype
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    bad = _not_finite(tensors)
+    if bad:
+        raise DivergenceError(f"the adapter cannot be saved: {some(bad)}", why="the run that made it has diverged")
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Say which tensors hold values that are not finite, or would not be in single precision."""
+    counts = {key: t.numel() - int(torch.isfinite(t.float()).sum()) for key, t in tensors.items()}
+    return [f"{shown(key)} holds {count} NaN or infinite values" for key, count in counts.items() if count]
+
+
+def _check_replaceable(directory: Path) -> None:
+    """Raise UsageError for a directory with other things in it: saving replaces it whole."""
+    if directory.is_dir() and not (directory / CONFIG).exists() and any(directory.iterdir()):
+        raise UsageError(
+            f"{str(directory)!r} holds something else than an adapter", why="saving replaces the whole directory", fix="give a directory of its own"
+        )
+
+
 def _check_values(model: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
     """Raise FileError for NaN or infinity, and for a copy of a base weight (PEFT adds embeddings) that differs from the base."""
-    problems = [f"{key} holds {int((~torch.isfinite(t)).sum())} NaN or infinite values" for key, t in tensors.items() if not torch.isfinite(t).all()]
-    for key in [k for k in tensors if k.endswith(BASE_WEIGHT)]:
-        path = key.removeprefix(PREFIX).removesuffix(BASE_WEIGHT)
-        weight = dict(model.named_parameters()).get(f"{path}.weight")
+    problems = _not_finite(tensors)
+    copies = [key for key in tensors if key.endswith(BASE_WEIGHT)]
+    weights = dict(model.named_parameters()) if copies else {}
+    for key in copies:
+        weight = weights.get(key.removeprefix(PREFIX).removesuffix(BASE_WEIGHT) + ".weight")
         if weight is None or weight.shape != tensors[key].shape or not torch.equal(weight.cpu(), tensors[key].to(weight.dtype)):
-            problems.append(f"{key} is a base weight that differs from this model's")
+            problems.append(f"{shown(key)} is a base weight that differs from this model's")
     if problems:
         raise FileError(f"{file.name} cannot be used: {some(problems)}", where=str(file))
 

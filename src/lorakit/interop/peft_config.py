@@ -1,18 +1,20 @@
 """`adapter_config.json`: a method and its targets as PEFT spells them, and back."""
 
+import functools
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
-from pydantic import TypeAdapter
+from annotated_types import Ge, Gt, Le, Len, Lt, MaxLen
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from ..core.adapter import Method, PeftFormat
 from ..core.errors import FileError
 from ..core.registry import METHODS
 from ..core.target import Target
+from .read import MAX_TENSORS, SHOWN, shown, some
 
 # Fields of PEFT that change nothing about what the adapter computes once its tensors are loaded.
 WITHOUT_EFFECT = frozenset(
@@ -25,6 +27,38 @@ TARGETING = frozenset(
 )
 # Starts that leave the difference in the base weights: such a file means nothing on the original base.
 MOVES_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq", "milora")
+
+
+Names = Annotated[list[str], MaxLen(MAX_TENSORS)]
+Size = Annotated[int, Ge(0), Lt(1 << 31)]
+# No adapter has ever been scaled by more; far above it the forward pass overflows.
+Alpha = Annotated[float, Gt(0), Le(1e6)]
+
+
+class Targeting(BaseModel, strict=True):
+    """The fields of `adapter_config.json` that say which layers are adapted, with which rank and scale."""
+
+    target_modules: Names | str
+    exclude_modules: Names | str | None = None
+    layers_to_transform: Size | list[Size] | None = None
+    rank_pattern: dict[str, Size] | None = None
+    alpha_pattern: dict[str, Alpha] | None = None
+    modules_to_save: Names | None = None
+
+
+class Scaling(BaseModel, strict=True):
+    """Rank and scale of a method, or of one part of a fused layer."""
+
+    r: Size | None = None
+    alpha: Alpha | None = None
+
+
+class Side(BaseModel, strict=True):
+    """The fields of `lorakit.json` that loading reads; `fused` gives sizes of parts, or [start, stop) ranges of their rows."""
+
+    method: dict[str, Any] = {}
+    parts: dict[str, dict[str, Scaling]] = {}
+    fused: dict[str, dict[str, Size | list[Annotated[list[Size], Len(2, 2)]]]] = {}
 
 
 def peft_format(method: Method) -> PeftFormat | None:
@@ -85,12 +119,12 @@ def read_config(config: Mapping[str, Any], side: Mapping[str, Any]) -> tuple[Met
     known = TARGETING | WITHOUT_EFFECT | ({*form.fields.values(), *form.constants, *form.ignored} if form else set())
     lost = {k: v for k, v in config.items() if k not in known and v not in (None, False, "none", [], {})}
     if lost:
-        listed = ", ".join(f"{k}={v!r}"[:60] for k, v in lost.items())
+        listed = some([f"{k}={v!r}"[:60] for k, v in lost.items()])
         raise FileError(f"the adapter uses settings that lorakit cannot honour: {listed}", fix="convert it with PEFT to a plain adapter")
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(MOVES_THE_BASE):
         raise FileError(
-            f"the adapter was saved unconverted from an {start!r} start",
+            f"the adapter was saved unconverted from an {shown(start)} start",
             why="that start moved part of the base weights into the adapter, so on the original base it means something else",
             fix="save it in PEFT with path_initial_model_for_weight_conversion",
         )
@@ -106,7 +140,7 @@ def _ranks(config: Mapping[str, Any], form: PeftFormat | None) -> Any:
     keys = rf"(.+)\.{re.escape(tensor)}(?:\.[\w-]+)?"  # PEFT may leave the adapter's name at the end
     found = {re.fullmatch(keys, key): mask for key, mask in masks.items()} if isinstance(masks, dict) else {None: []}
     if None in found or not all(isinstance(m, list) and all(type(v) is bool for v in m) for m in found.values()):
-        raise FileError(f"adapter_config.json: rank_pattern is {masks!r}"[:160], fix=f"masks of the rows of {tensor} are expected")
+        raise FileError(f"adapter_config.json: rank_pattern is {shown(masks)}", fix=f"masks of the rows of {tensor} are expected")
     return {cast(re.Match, match)[1]: sum(mask) for match, mask in found.items()}
 
 
@@ -123,14 +157,28 @@ def _method(config: Mapping[str, Any], side: Mapping[str, Any]) -> Method:
             continue
         if not (mine.get("name") == name if mine else form is None or not form.only_with_side_file):
             continue
-        theirs = {ours: config[key] for ours, key in form.fields.items() if key in config} if form else {}
-        own = {f.name for f in fields(cls)}
-        values = {k: v for k, v in mine.items() if k in own} | theirs
+        theirs = {ours: config.get(key) for ours, key in form.fields.items()} if form else {}
+        own = {f.name: f.default for f in fields(cls)}
+        # PEFT's defaults are not ours, so what is absent must be off by default.
+        absent = [form.fields[ours] for ours, v in theirs.items() if form and v is None and own[ours] not in (0, False)]
+        if absent:
+            raise FileError(f"adapter_config.json lacks {', '.join(absent)}")
+        values = {k: v for k, v in mine.items() if k in own} | {k: v for k, v in theirs.items() if v is not None}
         try:
-            return TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
-        except (TypeError, ValueError) as error:
-            raise FileError("adapter_config.json has a value that is no setting of the method", why=str(error)) from None
-    raise FileError(f"peft_type {kind!r} is not a method lorakit knows", fix=f"known: {', '.join(sorted(METHODS))}")
+            method = _reader(cls).validate_json(json.dumps(values), strict=True)
+        except (TypeError, ValueError, OverflowError) as error:
+            why = shown(str(error))
+            raise FileError("adapter_config.json has a value that is no setting of the method", why=why) from None
+        if "alpha" in vars(method):
+            _checked(Scaling, {"alpha": method.alpha}, "adapter_config.json: lora_")
+        return method
+    why = f"lorakit.json says that the method is {shown(mine.get('name'))}, adapter_config.json that it is another" if mine else None
+    raise FileError(f"peft_type {shown(kind)} is not a method lorakit knows", why=why, fix=f"known: {', '.join(sorted(METHODS))}")
+
+
+@functools.cache
+def _reader(cls: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)
 
 
 def _absent(constant: object) -> object:
@@ -139,31 +187,31 @@ def _absent(constant: object) -> object:
 
 
 def _target(config: Mapping[str, Any], side: Mapping[str, Any]) -> Target:
-    targets = config.get("target_modules")
-    problems = []
-    if not isinstance(targets, str | list) or not all(isinstance(t, str) for t in targets):
-        problems.append(f"target_modules is {targets!r}"[:100])
-    for key, kind in (("rank_pattern", int), ("alpha_pattern", int | float)):
-        pattern = config.get(key) or {}
-        if not isinstance(pattern, dict) or any(
-            not isinstance(v, kind) or isinstance(v, bool) or not math.isfinite(v) for v in pattern.values()
-        ):
-            problems.append(f"{key} is {pattern!r}"[:100])
+    _checked(Targeting, config, "adapter_config.json: ")
     layers = config.get("layers_to_transform")
-    layers = [layers] if isinstance(layers, int) else layers
-    if layers is not None and not (isinstance(layers, list) and all(type(n) is int for n in layers)):
-        problems.append(f"layers_to_transform is {layers!r}"[:100])
-    if problems:
-        raise FileError("adapter_config.json: " + "; ".join(problems))
     return Target(
-        target_modules=targets or [],
+        target_modules=config["target_modules"],
         exclude_modules=config.get("exclude_modules") or None,
-        layers=layers,
+        layers=[layers] if isinstance(layers, int) else layers,
         rank_pattern=config.get("rank_pattern") or None,
         alpha_pattern=config.get("alpha_pattern") or None,
         modules_to_save=config.get("modules_to_save") or None,
         fused=side.get("fused") or None,
     )
+
+
+def check_side(side: Mapping[str, Any]) -> None:
+    """Raise FileError unless `lorakit.json` has the form that `load` relies on."""
+    _checked(Side, side, "lorakit.json: ")
+
+
+def _checked(form: type[BaseModel], content: Mapping[str, Any], where: str) -> None:
+    """Raise FileError naming every field of `content` that does not have the type that `form` gives it."""
+    try:
+        form.model_validate(content)
+    except ValidationError as error:
+        wrong = [f"{'.'.join(map(str, e['loc']))} is {e['input']!r}"[:SHOWN] for e in error.errors(include_url=False)]
+        raise FileError(where + some(wrong)) from None
 
 
 def _number(value: Any) -> Any:

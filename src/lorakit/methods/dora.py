@@ -29,7 +29,14 @@ from ._factors import alpha_or_default, check, factors, scaling, start, starts_o
 
 @dataclass(frozen=True, kw_only=True)
 class DoRA:
-    """r: rank. alpha: scale, 2r if not given. dropout: on the input of what is added. init: a file name of `init/`."""
+    """LoRA for the direction of each row, and a trained length.
+
+    r: rank
+    alpha: scale, 2r if not given
+    dropout: on the input of what is added
+    rank_stabilized: divide alpha by sqrt(r) instead of r
+    init: start value of A and B; one that starts from factors of W is refused
+    """
 
     r: int = 16
     alpha: float | None = None

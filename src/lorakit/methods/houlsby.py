@@ -24,7 +24,11 @@ from ._bottleneck import Activation, SerialBottleneck, check
 
 @dataclass(frozen=True, kw_only=True)
 class Houlsby:
-    """bottleneck: the width m. activation: f, one of relu, gelu and silu."""
+    """A bottleneck after the layer; for the paper's placement target the last layers of attention and feed-forward network.
+
+    bottleneck: width m
+    activation: nonlinearity f
+    """
 
     bottleneck: int = 64
     activation: Activation = "gelu"

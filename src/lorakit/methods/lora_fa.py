@@ -26,9 +26,12 @@ from ._factors import alpha_or_default, check, factors, scaling, start, starts_o
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAFA:
-    """r: rank. alpha: scale, 2r if not given. init: a file name of `init/` that does not start A at zero.
+    """LoRA with A frozen. The row space of the change is A's for good, so it wants a higher rank or learning rate than LoRA.
 
-    For the same accuracy it wants a higher rank or learning rate than LoRA: the row space of the change is A's, for ever.
+    r: rank
+    alpha: scale, 2r if not given
+    rank_stabilized: divide alpha by sqrt(r) instead of r
+    init: start value of A and B; one that starts A at zero is refused
     """
 
     r: int = 16

@@ -29,7 +29,12 @@ from ._bottleneck import ACTIVATIONS, Activation, check, refuse_merging
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """bottleneck: the width m. scale: s, 4 in the paper's best variant. activation: f, one of relu, gelu and silu."""
+    """A bottleneck beside the layer.
+
+    bottleneck: width m
+    scale: factor s of what is added; 1 for the parallel adapter that is not scaled
+    activation: nonlinearity f
+    """
 
     bottleneck: int = 512
     scale: float = 4.0

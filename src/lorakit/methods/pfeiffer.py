@@ -22,7 +22,11 @@ from ._bottleneck import Activation, SerialBottleneck, check
 
 @dataclass(frozen=True, kw_only=True)
 class Pfeiffer:
-    """reduction_factor: the layer's outputs over the width m, which is at least 1. activation: f, one of relu, gelu and silu."""
+    """A bottleneck after the layer; for the paper's placement target the last layer of the feed-forward network.
+
+    reduction_factor: number of the layer's outputs over the width m, which is at least 1
+    activation: nonlinearity f
+    """
 
     reduction_factor: float = 16.0
     activation: Activation = "relu"

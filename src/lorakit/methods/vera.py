@@ -23,10 +23,13 @@ from ..core.statistics import Statistics
 
 @dataclass(frozen=True, kw_only=True)
 class VeRA:
-    """r: rank, larger than LoRA's. dropout: on the input of A. d_initial: first value of d. projection_prng_key: seed of A and B.
-    save_projection: write A and B too; without them they are made from the seed again, by whatever torch reads the file.
+    """Trained scales of one random pair. It wants a higher rank and a higher learning rate (1e-3 to 1e-2) than LoRA.
 
-    It wants a higher learning rate than LoRA, 1e-3 to 1e-2.
+    r: rank
+    dropout: on the input of A
+    d_initial: first value of d
+    projection_prng_key: seed of A and B
+    save_projection: write A and B too; without them whoever reads the file makes them from the seed again
     """
 
     r: int = 256

@@ -1,11 +1,11 @@
 """What appears on stderr: a note while something slow runs, and nothing from transformers."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 
 @contextmanager
-def status(text: str) -> Iterator[None]:
+def status(text: str) -> Generator[None]:
     """Show `text` with a spinner on a terminal, as one plain line elsewhere."""
     from rich.console import Console
 
@@ -19,7 +19,7 @@ def status(text: str) -> Iterator[None]:
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Generator[None]:
     """Keep transformers' reports and progress bars off the terminal: what matters in them comes back as errors."""
     from transformers.utils import logging
 

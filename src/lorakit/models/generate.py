@@ -40,6 +40,7 @@ def generate(
     """
     _check(max_tokens, temperature, top_p, batch_size)
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    _check_lengths(encoded, _context(model))
     ends = _end_ids(model, tokenizer)
     texts = [""] * len(encoded)
     for rows in _batches([len(ids) for ids in encoded], _context(model), max_tokens, batch_size):
@@ -72,7 +73,7 @@ def stream(
     """The continuation of `prompt` in pieces as it is written; joined they are what `generate` gives for it alone."""
     _check(max_tokens, temperature, top_p, 1)
     encoded = encode_prompt(tokenizer, prompt)
-    _batches([len(encoded)], _context(model), max_tokens, 1)
+    _check_lengths([encoded], _context(model))
     state, ends, draw = (
         _inputs(model, tokenizer, [encoded]),
         _end_ids(model, tokenizer),
@@ -100,7 +101,7 @@ def stream(
 def _step(
     model: "PreTrainedModel", state: dict[str, Any], settings: "GenerationConfig", draw: list[Draw] | None
 ) -> dict[str, Any]:
-    """Generate one token and give the inputs of the next call, with the cache so far."""
+    """Generate one token and give the inputs of the next call: with the cache so far, or the encoder's output."""
     if model.config.is_encoder_decoder and "encoder_outputs" not in state:
         with torch.no_grad():
             encoded = model.get_encoder()(input_ids=state.pop("input_ids"), attention_mask=state["attention_mask"])
@@ -108,10 +109,10 @@ def _step(
     out = cast(Any, model).generate(
         **state, generation_config=settings, logits_processor=draw, return_dict_in_generate=True
     )
-    after = {"past_key_values": out.past_key_values}
     if model.config.is_encoder_decoder:
-        return {**state, **after, "decoder_input_ids": out.sequences}
-    return {**after, "input_ids": out.sequences, "attention_mask": torch.ones_like(out.sequences)}
+        return {**state, "decoder_input_ids": out.sequences}
+    mask = torch.ones_like(out.sequences)
+    return {"input_ids": out.sequences, "attention_mask": mask, "past_key_values": out.past_key_values}
 
 
 def _sequences(state: dict[str, Any]) -> Tensor:
@@ -129,9 +130,20 @@ def _check(max_tokens: int, temperature: float, top_p: float, batch_size: int) -
         raise UsageError("; ".join(wrong))
 
 
+def _check_lengths(encoded: list[list[int]], context: int | None) -> None:
+    for i, ids in enumerate(encoded):
+        if not ids or (context is not None and len(ids) >= context):
+            why = f"the model takes up to {context} with the answer" if ids else "there is nothing to go on from"
+            raise UsageError(
+                f"prompt {i} has {len(ids)} tokens", why=why, fix="shorten it" if ids else "write something"
+            )
+
+
 def _context(model: "PreTrainedModel") -> int | None:
     """The number of positions the model has; None where it has no limit (relative positions, recurrence)."""
-    return model.config.get_text_config(decoder=True).to_dict().get("max_position_embeddings")
+    return getattr(
+        model.config.get_text_config(decoder=True), "max_position_embeddings", None
+    )  # under any of its names
 
 
 def _batches(lengths: list[int], context: int | None, max_tokens: int, batch_size: int) -> list[list[int]]:
@@ -140,11 +152,6 @@ def _batches(lengths: list[int], context: int | None, max_tokens: int, batch_siz
     One that leaves less than `max_tokens` of the context goes alone, so that it cannot shorten another's answer.
     """
     limit = context or max(lengths, default=0) + max_tokens
-    if too_long := [i for i, length in enumerate(lengths) if length >= limit]:
-        raise UsageError(
-            f"prompt {too_long[0]} has {lengths[too_long[0]]} tokens, the model takes {limit} with the answer",
-            fix="shorten it",
-        )
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     alone = [[i] for i in order if lengths[i] + max_tokens > limit]
     rest = order[len(alone) :]

@@ -1,6 +1,7 @@
 """Load a model and its tokenizer from a directory: offline, safetensors only, none of its code run, weights checked."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -43,13 +44,15 @@ def load(
     labels: list[str] | None = None,
     seed: int = 0,
     device: str | torch.device = "auto",
+    prepare: "Callable[[PreTrainedModel, list[str]], object] | None" = None,
 ) -> Loaded:
     """Load `name` (see `resolve`) for a task, in eval mode, with finite weights and a tokenizer that fits.
 
     `labels` are the class names in the order of the logits; a new head is initialised from `seed` alone. `dtype` "auto"
     is bfloat16 where the device computes it natively, else float32, and float32 for encoders that classify.
-    Encoder-decoder models load as such under "causal". Raises FileError for anything wrong with the files, UsageError
-    for arguments that do not fit.
+    Encoder-decoder models load as such under "causal". `prepare` is called with the model and its `head_modules` before
+    it goes to the device: what shrinks the model (`quantize.py`) then needs no room there for the whole. Raises
+    FileError for anything wrong with the files, UsageError for arguments that do not fit.
     """
     path = resolve(name)
     place = pick_device(device)
@@ -62,6 +65,8 @@ def load(
     _check_vocabulary(model, tokenizer, path)
     _set_padding(model, tokenizer)
     head = _head_modules(model, fresh, head_fits)
+    if prepare is not None:
+        prepare(model, head)
     return Loaded(model.to(place).eval(), tokenizer, head, str(name), path)
 
 

@@ -1,6 +1,6 @@
 """Ways of running a model: in evaluation for a while, with its activations recomputed."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Generator[None]:
     """Put every module into eval mode, and afterwards exactly those back into training mode that were in it."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -62,7 +62,10 @@ def end_tokens(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
     if tokenizer.chat_template is not None:
         reply = "reply"
         turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": reply}]
-        after = render(tokenizer, turns, generation_prompt=False).rpartition(reply)[2]
+        try:
+            after = render(tokenizer, turns, generation_prompt=False).rpartition(reply)[2]
+        except UsageError:  # a template for other conversations than these
+            after = ""
         written = [(after.find(token), token) for token in control_tokens(tokenizer) if token in after]
         if written:
             ends.add(tokenizer.convert_tokens_to_ids(min(written)[1]))

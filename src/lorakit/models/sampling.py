@@ -61,6 +61,6 @@ def before_stop(text: str, stop: Sequence[str] | None) -> str:
 
 def held_back(text: str, stop: Sequence[str] | None) -> int:
     """How many characters at the end of a growing `text` may still change: half a character, or half a stop text."""
-    begun = [n for end in stop or () for n in range(1, len(end)) if text.endswith(end[:n])]
-    broken = len(text) - len(text.rstrip(_BROKEN))
-    return max([broken, *begun])
+    sound = text.rstrip(_BROKEN)
+    begun = [n for end in stop or () for n in range(1, len(end)) if sound.endswith(end[:n])]
+    return len(text) - len(sound) + max(begun, default=0)

@@ -2,7 +2,7 @@
 
 import importlib.util
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,7 +12,7 @@ from .cache import cache_dir
 
 
 @contextmanager
-def packaged_file(requirement: str, package: str, pattern: str, extra_fix: str = "") -> Iterator[Path]:
+def packaged_file(requirement: str, package: str, pattern: str, extra_fix: str = "") -> Generator[Path]:
     """The file matching `pattern` in the installed `package`, or loose in the cache directory, or in a wheel there.
 
     `requirement` is what pip is asked for. Its dependencies are not wanted: the package is a container here.

@@ -35,6 +35,7 @@ from .groups import Groups, OptimSettings
 
 ASPECT = 4  # compressed up to this ratio of the sides
 TINY, LEAST_SCALE = 1e-30, 1e-3  # Adafactor's two epsilons
+KINDS = ("cpu", "cuda", "mps", "xpu")  # of devices, as numbers in the state: load_state_dict takes texts apart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,10 +146,13 @@ class Flora(Optimizer):
 
     def _check_device(self, state: dict[str, Any], update: Tensor) -> None:
         """The same seed gives other numbers on another kind of device, and the mean would be read with the wrong P."""
-        kind = state.setdefault("drawn_on", update.device.type)
-        if kind != update.device.type:
-            why = f"its momentum was compressed with random numbers that only {kind} draws again"
-            raise UsageError("flora cannot go on with this state", why=why, fix=f"resume on {kind}, or start a new run")
+        kind = KINDS.index(update.device.type)
+        if state.setdefault("drawn_on", kind) != kind:
+            before = KINDS[state["drawn_on"]]
+            why = f"its momentum was compressed with random numbers that only {before} draws again"
+            raise UsageError(
+                "flora cannot go on with this state", why=why, fix=f"resume on {before}, or start a new run"
+            )
 
 
 class Accumulation:

@@ -30,7 +30,7 @@ def cosine(progress: float) -> float:
 SCHEDULES: dict[str, Callable[[float], float]] = {"constant": constant, "cosine": cosine, "linear": linear}
 
 
-def schedule(name: str, total: int, warmup: float = 0.0) -> Callable[[int], float]:
+def schedule(name: str, total: int, warmup: float = 0.0) -> Callable[[float], float]:
     """Give the function step -> multiplier for a run of `total` steps; raises UsageError for an unknown name.
 
     `warmup` below 1 is a fraction of `total` (rounded up to whole steps), from 1 on a number of steps.
@@ -48,7 +48,7 @@ def warmup_steps(total: int, warmup: float) -> int:
     return min(steps, total)
 
 
-def _multiplier(shape: Callable[[float], float], total: int, warm: int, step: int) -> float:
+def _multiplier(shape: Callable[[float], float], total: int, warm: int, step: float) -> float:
     if step < warm:
         return (step + 1) / warm
     progress = (step - warm) / max(total - warm, 1)

@@ -18,8 +18,13 @@ def adapter_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
 def restore_adapter(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
     """Copy the tensors back in place. Raises FileError unless names and shapes agree exactly."""
     live = adapter_tensors(model, name)
-    differing = sorted(live.keys() ^ tensors.keys()) + [k for k in live if k in tensors and live[k].shape != tensors[k].shape]
+    differing = sorted(live.keys() ^ tensors.keys()) + [
+        k for k in live if k in tensors and live[k].shape != tensors[k].shape
+    ]
     if differing:
-        raise FileError(f"the checkpoint's adapter has other tensors: {', '.join(differing[:5])}", fix="resume with the configuration of the run")
+        raise FileError(
+            f"the checkpoint's adapter has other tensors: {', '.join(differing[:5])}",
+            fix="resume with the configuration of the run",
+        )
     for key, value in live.items():
         value.copy_(tensors[key])

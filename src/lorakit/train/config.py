@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
+from ..bases import FORMATS
 from ..core.adapter import Method
 from ..core.errors import UsageError
 from ..core.registry import METHODS
@@ -24,7 +25,7 @@ NotNegative = Annotated[float, Ge(0)]
 Text = Annotated[str, MinLen(1)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity: an annotation in a union must be hashable
 class OneOf:
     """Annotation of a text that must be one of `names`, which may be a registry of files."""
 
@@ -42,7 +43,7 @@ class ModelConfig:
 
     name: Text
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    quantize: Literal["nf4", "fp4", "int8"] | None = None
+    quantize: Annotated[str, OneOf(FORMATS)] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +128,7 @@ class TrainOptions:
     save_steps: optimizer steps between checkpoints; 0 for none
     eval_steps: optimizer steps between evaluations; 0 for none, null for one per epoch if there is validation data
     seed: start of every random number
-    controller: schedule of ranks or restarts, by name or as a mapping of its name and settings; the method's own when absent
+    controller: schedule of ranks or restarts: its name, or a mapping of name and settings; the method's own when absent
     checkpointing: recompute activations in the backward pass, which saves memory and costs time
     keep_checkpoints: how many of the newest checkpoints stay on disk
     track: also record to tensorboard or trackio (metrics.jsonl is always written)
@@ -143,7 +144,7 @@ class TrainOptions:
     save_steps: Annotated[int, Ge(0)] = 50
     eval_steps: Annotated[int, Ge(0)] | None = None
     seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 0
-    controller: Annotated[str, OneOf(CONTROLLERS)] | Mapping[str, Any] | None = None
+    controller: Annotated[str, OneOf(tuple(CONTROLLERS))] | Mapping[str, Any] | None = None
     checkpointing: bool = False
     keep_checkpoints: Count = 2
     track: tuple[Annotated[str, OneOf(("tensorboard", "trackio"))], ...] = ()

@@ -1,9 +1,11 @@
 """What two keys of a configuration say about each other, and what two configurations have in common."""
 
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..bases import FORMATS
 from .config import RunConfig, TrainOptions, as_tree
 from .controllers import CONTROLLERS
 
@@ -29,9 +31,10 @@ def resume_conflicts(a: RunConfig, b: RunConfig) -> list[str]:
 def contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Yield (dotted key, what is wrong) for all settings that contradict each other, before any model is loaded."""
     yield from _either_or(config)
+    yield from _packages(config)
     yield from _controller(config)
     yield from _evaluation(config)
-    yield from _output(Path(config.output), Path(config.model.name))
+    yield from _output(Path(config.output), config.model.name)
 
 
 def _either_or(config: RunConfig) -> Iterator[tuple[str, str]]:
@@ -53,9 +56,15 @@ def _controller(config: RunConfig) -> Iterator[tuple[str, str]]:
             yield "train.controller", f"{chosen['name']} cannot train the method {config.method.name}: {reason}"
 
 
+def _packages(config: RunConfig) -> Iterator[tuple[str, str]]:
+    wanted = config.model.quantize
+    if wanted is not None and find_spec(FORMATS[wanted]) is None:
+        yield "model.quantize", f"{wanted} needs the package {FORMATS[wanted]}: pip install 'lorakit[quant]'"
+
+
 def _evaluation(config: RunConfig) -> Iterator[tuple[str, str]]:
     # A directory may bring its own validation file; whether it does is known when the data is read.
-    no_rows = config.data.valid is None and not Path(config.data.path).is_dir()
+    no_rows = config.data.valid is None and not _is_directory(config.data.path)
     if config.train.eval_steps and no_rows and not config.eval.prompts:
         yield "train.eval_steps", "there is nothing to evaluate: set data.valid (e.g. 0.1) or eval.prompts"
     if config.train.eval_steps == 0:
@@ -70,11 +79,21 @@ def _evaluation(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "eval.load_best", f"needs a validation loss, but {missing}"
 
 
-def _output(output: Path, model: Path) -> Iterator[tuple[str, str]]:
-    if output.exists() and not output.is_dir():
-        yield "output", f"{output} is a file; the run needs a directory"
-    elif model.is_dir() and output.resolve().is_relative_to(model.resolve()):
-        yield "output", f"{output} lies inside the base model's directory; the run must not write there"
+def _output(output: Path, model: str) -> Iterator[tuple[str, str]]:
+    try:
+        if output.exists() and not output.is_dir():
+            yield "output", f"{output} is a file; the run needs a directory"
+        elif _is_directory(model) and output.resolve().is_relative_to(Path(model).resolve()):
+            yield "output", f"{output} lies inside the base model's directory; the run must not write there"
+    except (OSError, ValueError) as error:
+        yield "output", f"cannot be a directory: {error}"
+
+
+def _is_directory(path: str) -> bool:
+    try:
+        return Path(path).is_dir()
+    except (OSError, ValueError):  # too long for the file system, or with a NUL
+        return False
 
 
 def _items(config: RunConfig) -> Iterator[tuple[str, Any]]:

@@ -43,6 +43,13 @@ def load(path: Path | str | None, overrides: Sequence[str] = ()) -> tuple[RunCon
         raise UsageError(f"{path} is not a text in UTF-8", why=wrong, fix="save it as UTF-8") from None
 
 
+def place_of(path: Path | str, key: str) -> str | None:
+    """Give `file:line` of the first key of this name in a configuration file, in whatever section; None if it has none."""
+    root, _ = parse(Path(path).read_text("utf-8-sig"), str(path))
+    sections = [root, *root.value.values()]
+    return next((node.value[key].where for node in sections if isinstance(node.value, dict) and key in node.value), None)
+
+
 def loads(text: str, overrides: Sequence[str] = (), name: str = "config") -> tuple[RunConfig, list[str]]:
     """Read a configuration from YAML text; messages call the text `name`. See `load`."""
     findings = Findings()
@@ -163,10 +170,15 @@ class _Builder:
                 try:
                     cls(**{**name, key: value})
                 except ValueError as alone:
-                    self.findings.problem(self.settings[f"{section}.{key}"], f"{section}.{key}", str(alone))
+                    self.findings.problem(self.settings[f"{section}.{key}"], f"{section}.{key}", _in_one_line(alone))
             if len(self.findings.problems) == before:
-                self.findings.problem(self.name, section, str(error))
+                self.findings.problem(self.name, section, _in_one_line(error))
             return None
+
+
+def _in_one_line(error: ValueError) -> str:
+    parts = (error.what, error.why, error.fix) if isinstance(error, UsageError) else (str(error),)
+    return "; ".join(part for part in parts if part)
 
 
 def _matter(section: str, method: str, key: str, node: Node | None) -> str:

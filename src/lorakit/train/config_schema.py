@@ -16,7 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from ..core.registry import INITS, METHODS
 from ..core.target import Target
-from .config import DEFAULT_METHOD, OUTPUT_HELP, SECTIONS, OneOf
+from ..optim import OPTIMIZERS
+from .config import DEFAULT_METHOD, OUTPUT_HELP, SECTIONS, OneOf, OptimConfig
+from .controllers import CONTROLLERS
 
 ORDER = ("model", "data", "method", "optim", "train", "eval", "output")
 SHORT_FORM = {"model": "name", "data": "path", "method": "name", "optim": "name"}  # `model: X` is `model: {name: X}`
@@ -75,6 +77,10 @@ def schema() -> dict[str, Any]:
     for section in ORDER[:-1]:
         methods = sorted(METHODS) if section == "method" else [DEFAULT_METHOD]
         forms = [section_model(section, name).model_json_schema() for name in methods]
+        if section == "train":
+            forms[0]["properties"]["controller"] = _controller_schema()
+        elif section == "optim":
+            forms = [_optim_schema(forms[0], name) for name in sorted(OPTIMIZERS)]
         if section in SHORT_FORM:
             names = methods if section == "method" else choices(section_keys(section)[SHORT_FORM[section]].hint)
             forms.append({"enum": names} if names else {"type": "string", "minLength": 1})
@@ -90,6 +96,34 @@ def schema() -> dict[str, Any]:
         "required": ["model", "data"],
         "additionalProperties": False,
     }
+
+
+def _controller_schema() -> dict[str, Any]:
+    """A controller's name, or its name and settings."""
+    forms: list[dict[str, Any]] = [{"type": "null"}, {"enum": sorted(CONTROLLERS)}]
+    for name in sorted(CONTROLLERS):
+        form = _own_schema(CONTROLLERS[name])
+        form["properties"] = {"name": {"const": name}, **form.get("properties", {})}
+        forms.append({**form, "required": ["name"]})
+    return {"anyOf": forms, "default": None, "description": section_keys("train")["controller"].help}
+
+
+def _optim_schema(form: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The section as it is for one optimizer: its name and its own options."""
+    options = _own_schema(vars(OPTIMIZERS.module(name)).get("Options"))
+    own = {"name": {"const": name}, "options": {"anyOf": [{"type": "null"}, options]}}
+    return {
+        **form,
+        "properties": {**form["properties"], **own},
+        "required": [] if name == OptimConfig.name else ["name"],
+    }
+
+
+def _own_schema(cls: type[Any] | None) -> dict[str, Any]:
+    """The settings that a file of a registry declares as a dataclass, if it does."""
+    keys = _keys(cls).values() if cls is not None else ()
+    definitions: dict[str, Any] = {k.name: (k.hint, Field(k.default, description=k.help)) for k in keys}
+    return create_model("settings", __config__=ConfigDict(extra="forbid"), **definitions).model_json_schema()
 
 
 def describe(hint: Any) -> str:

@@ -7,15 +7,16 @@ from ..core.chain import Chain
 
 
 def untrained_layers(model: nn.Module, name: str) -> list[str]:
-    """Give the layers where a trained factor of adapter `name` is still zero, as it started; the layer is then unchanged.
+    """Give the layers where a trained factor of adapter `name` is still zero as it started, so that nothing changes.
 
     In a chain with frozen links the live factors may have started a moment ago: the links are what was learned.
     """
     found = []
     for path, _, adapter in adapters(model, name):
-        linked = [f"{prefix}." for prefix, m in adapter.named_modules() if isinstance(m, Chain) and m.frozen_A.numel()]
+        chains = [m for m in adapter.modules() if isinstance(m, Chain) and m.frozen_A.numel()]
+        linked = {id(p) for chain in chains for p in chain.parameters()}
         for own, role in adapter.roles().items():
-            in_chain = any(f".{own}".startswith(prefix if prefix == "." else f".{prefix}") for prefix in linked)
-            if role in ("A", "B") and not in_chain and not adapter.get_parameter(own).count_nonzero():
+            p = adapter.get_parameter(own)
+            if role in ("A", "B") and id(p) not in linked and not p.count_nonzero():
                 found.append(path)
     return found

@@ -182,7 +182,9 @@ def check_finite(job: Job, state: State, loss: float, norm: float, batches: Sequ
     state.divergent = state.divergent + 1 if lost else 0
     if state.divergent >= PATIENCE_FOR_DIVERGENCE:
         why = f"for {state.divergent} steps it has been no better than a uniform guess ({job.task.worst:.4g}); it began at {state.first_loss:.4g}"
-        raise DivergenceError(f"the loss is {loss:.4g} at step {state.step + 1}: the run has diverged", why=why, fix=fix, where=where)
+        raise DivergenceError(
+            f"the loss is {loss:.4g} at step {state.step + 1}: the run has diverged", why=why, fix=fix, where=where
+        )
 
 
 def evaluation_due(job: Job, state: State, window: Window) -> bool:

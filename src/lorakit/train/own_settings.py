@@ -23,7 +23,13 @@ def own_settings(cls: type[Any], given: Mapping[str, Any], owner: str) -> dict[s
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise UsageError(f"{owner} has no setting {key!r}", fix=f"{hint}it has: {', '.join(known)}")
     try:
-        made = TypeAdapter(cls).validate_json(json.dumps(dict(given)), strict=True)
+        text = json.dumps(dict(given), allow_nan=False)
+    except (TypeError, ValueError):
+        raise UsageError(
+            f"{owner}: {dict(given)!r:.100} are no settings", fix="give finite numbers and texts"
+        ) from None
+    try:
+        made = TypeAdapter(cls).validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         cause = first.get("ctx", {}).get("error")

@@ -2,7 +2,7 @@
 
 import tempfile
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.attach import adapters, attach, names
+from ..core.adapter import Method
+from ..core.attach import adapters, names
 from ..core.errors import CheckError, FileError, UsageError
 from ..core.files import RunLock
+from ..core.statistics import Statistics
 from ..core.summary import Summary, summary
+from ..core.target import Target
 from ..data.dataset import Dataset
 from ..data.encode import encode, find_task
 from ..data.holdout import read_train_valid
@@ -25,12 +28,13 @@ from ..interop.adapter_directory import save as save_adapter
 from ..interop.read import read_tensors
 from ..models.directory import fingerprint
 from ..models.generate import generate
-from ..models.load import load as load_model
 from ..models.modes import checkpoint_activations
 from ..models.packing import enable_packing
+from ..models.quantize import stored_bytes
 from ..optim import OPTIMIZERS, parameter_groups, schedule
 from ..optim.schedules import warmup_steps
 from .adapter_state import restore_adapter
+from .base import Base, load_base, with_head
 from .checkpoint import latest, steps
 from .checkpoint import load as load_checkpoint
 from .config import RunConfig, as_tree
@@ -41,6 +45,7 @@ from .loop import Job, State, fit, restore
 from .progress import Progress
 from .records import Records
 from .run_directory import RunDirectory
+from .start import calibration_batches, measure, measures, restart, start
 from .steps import Steps
 from .stop import StopRequest, listen
 from .task import Classification, LanguageModelling, Task
@@ -67,16 +72,6 @@ class RunResult:
     checks: list[str]
 
 
-@dataclass
-class Base:
-    """The base model of a run. `head` are modules that start untrained and must be trained in full."""
-
-    model: "PreTrainedModel"
-    tokenizer: "PreTrainedTokenizerBase"
-    head: list[str]
-    path: Path | None
-
-
 def run(
     config: RunConfig,
     *,
@@ -98,7 +93,7 @@ def run(
         if overwrite:
             directory.clear()
         task = config.train.task or find_task(train, config.data.format)
-        base = _base(config, task, train, model)
+        base = load_base(config, task, train) if model is None else Base(*model, [], None, {})
         data, held_out = _encode(config, task, base, train, valid)
         config = replace(config, train=replace(config.train, task=task, max_length=data.max_length))
         directory.claim(config)
@@ -107,35 +102,13 @@ def run(
 
 
 @contextmanager
-def _logged(directory: RunDirectory) -> Iterator[None]:
+def _logged(directory: RunDirectory) -> Generator[None]:
     """Keep what went wrong in log.txt, with the traceback that the terminal does not show."""
     try:
         yield
     except BaseException:
         directory.note(traceback.format_exc())
         raise
-
-
-def _base(
-    config: RunConfig, task: str, rows: Rows, given: "tuple[PreTrainedModel, PreTrainedTokenizerBase] | None"
-) -> Base:
-    if given is not None:
-        return Base(*given, [], None)
-    if config.model.quantize is not None:
-        raise UsageError(f"model.quantize: {config.model.quantize} is not available", fix="leave model.quantize out")
-    kind = "classification" if task == "classification" else "causal"
-    labels = _class_names(config, rows) if kind == "classification" else None
-    loaded = load_model(config.model.name, task=kind, dtype=config.model.dtype, labels=labels, seed=config.train.seed)
-    return Base(loaded.model, loaded.tokenizer, loaded.head_modules, loaded.path)
-
-
-def _class_names(config: RunConfig, rows: Rows) -> list[str]:
-    from ..data.classify import class_names
-    from ..data.formats import Labelled, find_format, parse_rows, rename_columns
-
-    table, form = rename_columns(rows, config.data.format)
-    records, _ = parse_rows(table, find_format(table, form))
-    return class_names([record.label for record, _ in records if isinstance(record, Labelled)])
 
 
 def _encode(
@@ -197,8 +170,8 @@ class _Session:
 
     def run(self) -> RunResult:
         """Go through the stages."""
-        self._attach()
         found = self._checkpoint()
+        self._attach(found)
         before = State(**found.state["state"]) if found else State()
         with closing(self._records(before)) as records:
             job = self._job(records)
@@ -231,14 +204,18 @@ class _Session:
         self.checks.append(text)
         self.say(f"✓ {text}")
 
-    def _attach(self) -> None:
-        model, target = self.base.model, self.config.method.target
+    def _attach(self, found: "_Found | None") -> None:
+        model, method = self.base.model, self.config.method.config
+        target = with_head(self.config.method.target, self.base.head)
         if names(model):
             raise UsageError(f"the model carries adapters already: {', '.join(names(model))}", fix="lk.detach(model) first")
-        saved = [*(target.modules_to_save or ()), *self.base.head]
+        if self.config.model.quantize:
+            self.say(f"the base is stored as {self.config.model.quantize}: {stored_bytes(model) / 1e6:.1f} MB")
         torch.manual_seed(self.config.train.seed)
-        fields = {**vars(target), "modules_to_save": list(dict.fromkeys(saved)) or None}
-        attach(model, self.config.method.config, name=ADAPTER, **fields)
+        if found:
+            restart(model, method, target, ADAPTER, found.tensors["adapter"].items())
+        else:
+            start(model, method, target, ADAPTER, self._statistics(method, target))
         if self.config.train.checkpointing:
             checkpoint_activations(model)
         self.say(str(summary(model, ADAPTER)))
@@ -252,6 +229,15 @@ class _Session:
         if self.data.facts.ends_with_end_token:
             self.proved(f"each row ends with {self.data.facts.end_token}")
 
+    def _statistics(self, method: Method, target: Target) -> Mapping[str, Statistics]:
+        """Give what the adapters' start has to know of the layers: what quantization took, or what the data shows."""
+        if not measures(method):
+            return self.base.lost
+        batches = calibration_batches(self._task, self.data.examples, self.steps)
+        self.say(f"measuring the layers on {sum(map(len, batches))} rows for the adapter's start")
+        return measure(self.base.model, method, target, self._task, batches)
+
+    @cached_property
     def _task(self) -> Task:
         model, tokenizer = self.base.model, self.base.tokenizer
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -277,7 +263,7 @@ class _Session:
         return Job(
             model=self.base.model,
             adapter=ADAPTER,
-            task=self._task(),
+            task=self._task,
             examples=self.data.examples,
             valid=self.valid.examples if self.valid else [],
             steps=self.steps,
@@ -358,7 +344,7 @@ class _Session:
         name = self.config.model.name
         base = {"name": name if self.base.path is None or not Path(name).exists() else Path(name).resolve().name}
         extra = {
-            "base": {**base, "fingerprint": self._identity["base"]},
+            "base": {**base, "quantize": self.config.model.quantize, "fingerprint": self._identity["base"]},
             "task": self.config.train.task,
             "labels": self.data.labels,
             "template": self.data.facts.template,

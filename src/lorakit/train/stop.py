@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -14,7 +14,10 @@ class Interrupted(LorakitError):
 
     def __init__(self, signum: int, step: int, command: str) -> None:
         name = signal.Signals(signum).name
-        super().__init__(f"stopped by {name} after step {step}; the run is saved", fix=f"run the same command again to go on: {command}")
+        super().__init__(
+            f"stopped by {name} after step {step}; the run is saved",
+            fix=f"run the same command again to go on: {command}",
+        )
         self.exit_code = 128 + signum
 
 
@@ -29,7 +32,7 @@ class StopRequest:
 
 
 @contextmanager
-def listen() -> Iterator[StopRequest]:
+def listen() -> Generator[StopRequest]:
     """Turn SIGINT and SIGTERM into a `StopRequest` inside the block (only in the main thread, as Python allows)."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

@@ -1,8 +1,8 @@
 """What happens beside the gradient step: budgets, restarts, links. One file per controller; the file name is its name.
 
-Each file declares `CONTROLLER`, a frozen dataclass of settings with `start(run) -> Controller`. A configuration gives it as
-`train.controller: relora` or `{name: relora, every: 100}`. Optional are `METHOD_NAME`, the method for which it is chosen by
-itself, and `refuses(method) -> str | None`, the reason why it cannot work with a method.
+Each file declares `CONTROLLER`, a frozen dataclass of settings with `start(run) -> Controller`. A configuration gives
+it as `train.controller: relora` or `{name: relora, every: 100}`. Optional are `METHOD_NAME`, the method for which it is
+chosen by itself, and `refuses(method) -> str | None`, the reason why it cannot work with a method.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,8 +23,8 @@ class Run:
     adapter: str
     total: int
     """Optimizer steps of the run."""
-    schedule: Callable[[int], float]
-    """Step -> multiplier of the learning rate, as configured."""
+    schedule: Callable[[float], float]
+    """Step -> multiplier of the learning rate, as configured; between two steps too."""
     warmup: int
     """Its warm-up steps."""
     seed: int
@@ -66,7 +66,11 @@ class Nothing:
     """The controller of an ordinary run: the configured schedule."""
 
     def __init__(self, run: Run) -> None:
-        self.schedule = run.schedule
+        self.run = run
+
+    def schedule(self, step: int) -> float:
+        """Give what is configured."""
+        return self.run.schedule(step)
 
     def penalty(self) -> None:
         """Add nothing."""

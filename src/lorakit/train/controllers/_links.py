@@ -2,9 +2,10 @@
 
     W' = W + s (B A + B_1 A_1 + ... + B_n A_n)      A, B: trained now      A_i, B_i: frozen links (`core/chain.py`)
 
-The papers of ReLoRA, PLoRA and CoLA add what was trained to the base weight. Here it stays beside it as frozen factors, which
-is the same function without a rounding: the base may be bf16 or 4-bit, nothing is lost when thousands of small updates go
-into it, and the result is one ordinary LoRA of the ranks' sum. The price is the work of that rank until it is merged.
+The papers of ReLoRA, PLoRA and CoLA add what was trained to the base weight. Here it stays beside it as frozen
+factors, which is the same function without a rounding: the base may be bf16 or 4-bit, nothing is lost when thousands
+of small updates go into it, and the result is one ordinary LoRA of the ranks' sum. The price is the work of that rank
+until it is merged.
 """
 
 import math
@@ -84,7 +85,7 @@ class Links:
             parameter.mul_(factor)
 
     def restart(self, number: int) -> None:
-        """Start the live factors anew: A drawn from (seed, number) alone, B zero (in an embedding the other way round)."""
+        """Start the live factors anew: A from (seed, number) alone, B zero (in an embedding the other way round)."""
         cuda = [d for d in {p.device for p in self.parameters()} if d.type == "cuda"]
         with torch.random.fork_rng(cuda):
             torch.manual_seed((self.seed * 0x9E3779B97F4A7C15 + number * 0xD6E8FEB86659FD93) % 2**63)
@@ -155,7 +156,7 @@ class Stages:
 
 
 def squeezed(run: Run, steps: int) -> Callable[[float], float]:
-    """Give the run's schedule over `steps` steps instead of its own number: warm-up and shape in the same proportion."""
+    """Give the run's schedule over `steps` steps instead of all: warm-up and shape in the same proportion."""
     if steps == run.total:
         return run.schedule
     warm = min(math.ceil(round(run.warmup * steps / run.total, 9)), steps)

@@ -1,9 +1,11 @@
-"""CoLA, chain of LoRA: learn what the links before have left over. Xia, Qin and Hazan 2024, https://arxiv.org/abs/2401.04151
+"""CoLA, chain of LoRA: learn what the links before have left over. Xia, Qin and Hazan 2024,
+https://arxiv.org/abs/2401.04151
 
-    for each of M links:  tune B A, tie a knot (put s B A aside), extend the chain with fresh factors: W' = W + s sum_i B_i A_i
+    for each of M links:  tune B A, tie a knot (put s B A aside), extend the chain:  W' = W + s sum_i B_i A_i
 
-Each link has a whole optimizer and learning-rate schedule of its own, and the links share the steps of the run equally. With
-one link this is LoRA bit for bit. `step_down` makes each link's rank a share of the one before; the scale s stays.
+Each link has a whole optimizer and learning-rate schedule of its own, and the links share the steps of the run
+equally. With one link this is LoRA bit for bit. `step_down` makes each link's rank a share of the one before; the
+scale s stays.
 
 No official code is published; what is not in the paper (equal shares, the constant scale) is ours.
 """

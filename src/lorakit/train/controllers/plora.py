@@ -1,14 +1,15 @@
-"""PLoRA (PeriodicLoRA): train in stages, and at the end of each move what was learned out of the factors. Meng et al. 2024,
+"""PLoRA (PeriodicLoRA): train in stages, and move what each has learned out of the factors. Meng et al. 2024,
 https://arxiv.org/abs/2402.16141
 
     momentum = 1:   put s B A aside, draw A anew, B = 0: each stage can learn r directions more
     momentum = m:   put m s B A aside, A = sqrt(1 - m) A, B = sqrt(1 - m) B
 
-Either way W' is the same function before and after, and optimizer state and learning-rate schedule start anew with the stage.
+Either way W' is the same function before and after, and optimizer state and learning-rate schedule start anew with the
+stage.
 
-The second rule is ours. The paper unloads with a momentum too, but publishes neither code nor, in the versions we could read, the
-equation; the one implementation known to us (MyTransformers: W + m s B A, then (1 - m) A and (1 - m) B) multiplies the
-learned change by 1 - m + m^2 each time. Ours keeps it exactly.
+The second rule is ours. The paper unloads with a momentum too, but there is no code of its authors. An implementation
+by others (MyTransformers: W + m s B A, then (1 - m) A and (1 - m) B) multiplies the learned change by 1 - m + m^2 each
+time; ours keeps it exactly.
 """
 
 import math

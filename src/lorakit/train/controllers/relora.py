@@ -6,15 +6,15 @@ https://arxiv.org/abs/2307.05695
                           q/w m(t - q + w), q = t mod every    in the first w = `warmup` steps after a restart
                           m = floor + (1 - floor) · the run's schedule, after the run's warm-up
 
-With `optim.schedule: cosine` the rate is the paper's jagged cosine. As there it is zero in the step right after a restart.
+With `optim.schedule: cosine` the rate is the paper's jagged cosine. As there it is zero in the step after a restart.
 
-The authors' code counts Adam's steps on through a restart. Zeroed means are then no longer corrected for their bias, and the
-first update is (1 - beta1)/sqrt(1 - beta2) = 3.2 times the rate: what the renewed warm-up is for. `prune: forget` starts that
-count anew as well, and the update has the size of the rate.
+The authors' code counts Adam's steps on through a restart. Zeroed means are then no longer corrected for their bias,
+and the first update is (1 - beta1)/sqrt(1 - beta2) = 3.2 times the rate: what the renewed warm-up is for. With
+`prune: forget` that count starts anew as well, and the update has the size of the rate.
 
-Departures from that code: the frozen factors instead of a changed base; one period for restarts and pruning; its "reset",
-which clears a random 99.9 %, clears all. Defects of it that are not copied: factors that are both zero in the first cycle
-and never get a gradient, and a learned scale that dies at the first restart.
+Departures from that code: frozen factors instead of a changed base; one period for restarts and pruning; its "reset",
+which clears a random 99.9 %, clears all. Defects of it that are not copied: factors that are both zero in the first
+cycle and never get a gradient, and a learned scale that dies at the first restart.
 """
 
 import math
@@ -55,15 +55,16 @@ class ReLoRA:
         if self.every is not None and self.every < 1:
             raise UsageError(f"every must be at least 1, not {self.every}")
         if not (self.warmup >= 0 and 0 <= self.floor <= 1 and 0 < self.share <= 1):
-            raise UsageError(
-                f"warmup must not be negative ({self.warmup}), floor in [0, 1] ({self.floor}), share in (0, 1] ({self.share})"
-            )
+            given = f"{self.warmup}, {self.floor} and {self.share}"
+            raise UsageError(f"warmup must not be negative, floor in [0, 1] and share in (0, 1], not {given}")
 
     def start(self, run: Run) -> "Restarts":
         """Put chains around the adapters."""
         every = max(1, run.total // 4) if self.every is None else self.every
         if every >= run.total:
-            raise UsageError(f"relora would never restart: every is {every}, the run has {run.total} steps", fix="lower every")
+            raise UsageError(
+                f"relora would never restart: every is {every}, the run has {run.total} steps", fix="lower every"
+            )
         warmup = math.ceil(round(self.warmup * every, 9)) if self.warmup < 1 else round(self.warmup)
         if warmup >= every or run.warmup > every:
             why = f"a cycle has {every} steps, the run's warm-up {run.warmup} and that after a restart {warmup}"
@@ -113,7 +114,7 @@ class Restarts:
 
 
 def prune(optimizer: torch.optim.Optimizer, parameter: Tensor, mode: str, share: float, seed: int) -> None:
-    """Clear a part of what the optimizer knows of `parameter`: each running mean on its own, as in the authors' code."""
+    """Clear part of what the optimizer knows of `parameter`; each mean by its own entries, as in the authors' code."""
     if mode == "forget":
         optimizer.state.pop(parameter, None)
         return
@@ -129,8 +130,11 @@ def prune(optimizer: torch.optim.Optimizer, parameter: Tensor, mode: str, share:
 
 
 def _quantile(values: Tensor, share: float) -> Tensor:
-    """Give the largest of the lowest `share` of the values. torch.quantile refuses more than 16 million."""
-    return values.flatten().kthvalue(math.floor(share * (values.numel() - 1)) + 1).values
+    """Give the largest of the lowest `share` of the values.
+
+    By sorting: torch.quantile refuses more than 16 million, and kthvalue is quadratic where they happen to be in order.
+    """
+    return values.flatten().sort().values[math.floor(share * (values.numel() - 1))]
 
 
 CONTROLLER = ReLoRA
