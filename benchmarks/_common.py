@@ -1,4 +1,4 @@
-"""What the benchmarks share: both sides in fresh processes, one clock for both, results with all that is needed to read them.
+"""What the benchmarks share: both sides in fresh processes, one clock, results with all that is needed to read them.
 
 A benchmark prepares a job (a JSON file: data, order of the rows, rates, seeds), runs `SCRIPT --arm ours --job FILE` and
 `SCRIPT --arm peft --job FILE`, and compares what they leave beside it. The PEFT side imports nothing of lorakit.
@@ -25,7 +25,7 @@ PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "lorak
 
 
 class StepClock:
-    """Wall and processor time at the end of every optimizer step of this process, whoever runs the loop, until it is read."""
+    """Wall and processor time at the end of every optimizer step of this process, whoever runs the loop."""
 
     def __init__(self) -> None:
         from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -38,7 +38,7 @@ class StepClock:
         self.cpu.append(time.process_time())
 
     def seconds(self, skip: Sequence[int] = ()) -> dict[str, Any]:
-        """Stop, and give the time from each step to the next. `skip`: steps (from 0) before which something else ran: an evaluation."""
+        """Stop, and give the time from each step to the next. `skip`: steps (from 0) that came after an evaluation."""
         self._hook.remove()
         steps = [i for i in range(1, len(self.wall)) if i not in skip]
         wall = [self.wall[i] - self.wall[i - 1] for i in steps]
@@ -53,7 +53,7 @@ class StepClock:
 
 
 def peak_memory() -> int | None:
-    """Give the most memory (bytes) this process has held so far: VmHWM, which a parent's memory cannot spoil. Linux only."""
+    """Give the most memory (bytes) this process has held so far: VmHWM, which knows nothing of a parent. Linux only."""
     status = Path("/proc/self/status")
     if not status.exists():
         return None
@@ -65,7 +65,9 @@ def parser(doc: str | None, data: str) -> argparse.ArgumentParser:
     """Give the options that every benchmark has."""
     options = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     options.add_argument("--data", type=Path, help=data)
-    options.add_argument("--output", type=Path, default=RESULTS, help="directory for the results (default: results/ beside this file)")
+    options.add_argument(
+        "--output", type=Path, default=RESULTS, help="directory for the results (default: results/ beside this file)"
+    )
     options.add_argument("--model", help="model in place of the benchmark's own")
     options.add_argument("--tiny", action="store_true", help="a few rows and steps: does it run and agree?")
     options.add_argument("--seeds", type=int, nargs="+", default=[0], help="one comparison for each")
@@ -82,7 +84,9 @@ def run_arm(arm: str, job: Path) -> None:
         raise SystemExit(f"{arm} failed with exit code {done.returncode}:\n{done.stdout[-4000:]}")
 
 
-def serve_arm(options: argparse.Namespace, arms: Mapping[str, Callable[[dict[str, Any], Path], dict[str, Any]]]) -> None:
+def serve_arm(
+    options: argparse.Namespace, arms: Mapping[str, Callable[[dict[str, Any], Path], dict[str, Any]]]
+) -> None:
     """Do the work of the process that `run_arm` started; its result is `<arm>.json` beside the job."""
     job = json.loads(options.job.read_text())
     result = arms[options.arm](job, options.job.parent)
@@ -90,7 +94,7 @@ def serve_arm(options: argparse.Namespace, arms: Mapping[str, Callable[[dict[str
 
 
 def compare(make_job: Callable[[int, Path], dict[str, Any]], seeds: Sequence[int], work: Path) -> list[dict[str, Any]]:
-    """Run both sides for every seed, the one that goes first alternating. Gives {"seed", "job", "ours", "peft"} for each."""
+    """Run both sides for every seed, the one that goes first alternating. Gives {"seed", "order", "ours", "peft"}s."""
     runs = []
     for turn, seed in enumerate(seeds):
         directory = work / f"seed-{seed}"
@@ -118,7 +122,7 @@ def agreement(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """Give versions, hardware and threads: what the figures were measured with."""
+    """Give versions, hardware, threads and what else the machine was doing: what the figures were measured with."""
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -132,6 +136,7 @@ def environment() -> dict[str, Any]:
         "processors_visible": os.cpu_count(),
         "gpu": gpu,
         "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 1),
     }
 
 
@@ -179,7 +184,8 @@ def measured_with(environment: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     place = environment["gpu"] or f"{environment['processor']} ({environment['processors_visible']} cores visible)"
     return (
-        f"{environment['date']}, {place}, {environment['threads']} thread(s); Python {environment['python']}, "
+        f"{environment['date']}, {place}, {environment['threads']} thread(s), load average {environment['load_average']} "
+        f"before the first run (above the number of threads the machine was shared: compare CPU times); Python {environment['python']}, "
         f"{versions}, commit {environment['commit']}.\n"
     )
 

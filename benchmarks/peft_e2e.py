@@ -1,12 +1,13 @@
-"""E2E NLG with LoRA on SmolLM2, lorakit beside PEFT: the same tokens, start and order; the same validation loss must come out.
+"""E2E NLG with LoRA on SmolLM2, lorakit beside PEFT: same tokens, start and order, and the same validation loss.
 
     python benchmarks/peft_e2e.py --data DIR         # the E2E challenge's directory with devset.csv (columns mr, ref)
 
-A row is a chat: the meaning representation `mr` is the user's message, the sentence `ref` the answer that is trained. The
-challenge's training file is not used: rows come from the development file, split by `mr`, so that no validation `mr` is trained.
-The validation rows are those of the mr's whose SHA-256 comes first. Both sides get the token ids and labels that lorakit
-made. Ours is `lorakit.api.run` (packed rows); PEFT's side is what its users write: `get_peft_model`, padded batches with an
-attention mask, the model's own loss, a plain torch loop. Exit code 1 if the validation losses differ by more than 1 %.
+A row is a chat: the meaning representation `mr` is the user's message, the sentence `ref` the answer that is
+trained. The challenge's training file is not used: rows come from the development file, split by `mr`, so that no
+validation `mr` is trained. The validation rows are those of the mr's whose SHA-256 comes first. Both sides get the
+token ids and labels that lorakit made. Ours is `lorakit.api.run` (packed rows); PEFT's side is what its users write:
+`get_peft_model`, padded batches with an attention mask, the model's own loss, a plain torch loop. Exit code 1 if the
+validation losses differ by more than 1 %.
 """
 
 import csv
@@ -49,7 +50,7 @@ WITHIN = 0.01  # of the validation loss
 
 
 def split_by_mr(file: Path, valid_rows: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Give training and validation rows with no `mr` in both: whole mr's, in the order of their hashes, until there are enough."""
+    """Give training and validation rows with no `mr` in both: whole mr's, in the order of their hashes."""
     with file.open(newline="", encoding="utf-8") as lines:
         rows = list(csv.DictReader(lines))
     held_out: set[str] = set()
@@ -113,7 +114,8 @@ def prepare(seed: int, work: Path, options: Any) -> dict[str, Any]:
     lk.attach(loaded.model, lk.LoRA(r=s["r"], alpha=s["alpha"]))
     lk.save(loaded.model, work / "start")
     data, held_out = (
-        encode(read(work / f"{part}.jsonl"), loaded.tokenizer, max_length=s["max_length"]) for part in ("train", "valid")
+        encode(read(work / f"{part}.jsonl"), loaded.tokenizer, max_length=s["max_length"])
+        for part in ("train", "valid")
     )
     plan = epoch_plan(seed, 0, data.lengths, batch_size=s["batch_size"])[: s["steps"]]
     if len(plan) < s["steps"]:
@@ -292,14 +294,14 @@ def report(runs: list[dict[str, Any]], job: dict[str, Any], where: dict[str, Any
     return "\n".join(
         [
             f"# E2E NLG, {job['model']} in {job['dtype']}: lorakit and PEFT\n",
-            f"Chats from the development file, split by mr: {job['rows']['trained']} rows trained of {job['rows']['train']}, "
-            f"{job['rows']['valid']} validation rows of other mr's; {s['steps']} steps of {s['batch_size']} rows "
-            f"({sum(job['step_tokens']):,} tokens without padding, {job['trained_tokens']:,} trained), LoRA r {s['r']}, alpha "
-            f"{s['alpha']}, fp32, on all linear layers ({job['trainable']:,} parameters), AdamW, lr {s['lr']}, {s['schedule']}, warm-up "
-            f"{s['warmup']}, clip {s['clip']}. Same tokens, labels, start values and order on both sides.\n",
+            f"Chats from the development file, split by mr: {job['rows']['trained']} rows trained of "
+            f"{job['rows']['train']}, {job['rows']['valid']} validation rows of other mr's; {s['steps']} steps of {s['batch_size']} rows "
+            f"({sum(job['step_tokens']):,} tokens without padding, {job['trained_tokens']:,} trained), LoRA r {s['r']}, "
+            f"alpha {s['alpha']}, fp32, on all linear layers ({job['trainable']:,} parameters), AdamW, lr {s['lr']}, "
+            f"{s['schedule']}, warm-up {s['warmup']}, clip {s['clip']}. Same tokens, labels, start values and order on both sides.\n",
             table(header, rows),
-            f"Validation loss: nats per token. Times are those of steps 2 to {s['steps']}, evaluations left out; each side ran in a "
-            "process of its own; peak memory is that of the whole process.\n",
+            f"Validation loss: nats per token. Times are those of steps 2 to {s['steps']}, evaluations left out; each "
+            "side ran in a process of its own; peak memory is that of the whole process.\n",
             "Relative differences of the losses:\n",
             table(compared, curves),
             measured_with(where),
@@ -310,7 +312,9 @@ def report(runs: list[dict[str, Any]], job: dict[str, Any], where: dict[str, Any
 def main() -> None:
     """Compare."""
     options = parser(__doc__, "the E2E challenge's directory with devset.csv")
-    options.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the base, on both sides")
+    options.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the base, on both sides"
+    )
     options = options.parse_args()
     if options.arm:
         serve_arm(options, {"ours": ours, "peft": peft})
@@ -323,6 +327,7 @@ def main() -> None:
         jobs.append(prepare(seed, work, options))
         return jobs[-1]
 
+    where = environment()
     with tempfile.TemporaryDirectory() as work:
         runs = compare(make_job, options.seeds, Path(work))
     for run, job in zip(runs, jobs, strict=True):
@@ -331,9 +336,19 @@ def main() -> None:
         run["speedup_cpu"] = run["peft"]["time"]["cpu"] / run["ours"]["time"]["cpu"]
         for arm in ("ours", "peft"):
             run[arm] |= speed(job, run[arm]["time"])
-    where, job = environment(), jobs[0]
+    job = jobs[0]
     text = report(runs, job, where)
-    keys = ("model", "dtype", "settings", "rows", "template", "fingerprints", "trainable", "step_tokens", "trained_tokens")
+    keys = (
+        "model",
+        "dtype",
+        "settings",
+        "rows",
+        "template",
+        "fingerprints",
+        "trainable",
+        "step_tokens",
+        "trained_tokens",
+    )
     content = {"benchmark": "e2e", "environment": where, **{key: job[key] for key in keys}, "runs": runs}
     print(text, write_results(f"e2e-{options.dtype}", options.output, content, text).name, sep="\n")
     if any(run["valid_gap"] > WITHIN for run in runs):

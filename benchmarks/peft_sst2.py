@@ -1,11 +1,13 @@
-"""SST-2 with LoRA, lorakit beside PEFT: the same start, the same order, the same settings; nearly the same numbers must come out.
+"""SST-2 with LoRA, lorakit beside PEFT: the same start, the same order, the same settings; nearly the same numbers must
+come out.
 
     python benchmarks/peft_sst2.py --data DIR        # GLUE's SST-2 directory with train.tsv and dev.tsv
 
-Ours is `lorakit.api.run`. PEFT's side is what its users write: `get_peft_model`, the transformers tokenizer and padding
-collator, a plain torch loop; it reads the TSV files by itself. Both train the classifier in full beside the adapters. The base
-keeps its own dropout, so both sides seed each step alike. 4,000 of the training rows are used: `random.Random(0).sample` of
-the row numbers, sorted. Exit code 1 if the dev accuracies differ by more than one point.
+Ours is `lorakit.api.run`. PEFT's side is what its users write: `get_peft_model`, the transformers tokenizer and
+padding collator, a plain torch loop; it reads the TSV files by itself. Both train the classifier in full beside the
+adapters. The base keeps its own dropout, so both sides seed each step alike. 4,000 of the training rows are used:
+`random.Random(0).sample` of the row numbers, sorted. Exit code 1 if the dev accuracies differ by more than one
+point.
 """
 
 import csv
@@ -73,7 +75,7 @@ def config(job: dict[str, Any], output: Path) -> Any:
 
 
 def prepare(seed: int, work: Path, options: Any) -> dict[str, Any]:
-    """Make the job: settings, our start values as a PEFT directory, the order of the rows, the rates, the seeds of the steps."""
+    """Make the job: settings, our start values as a PEFT directory, the order of the rows, rates, seeds of the steps."""
     import torch
 
     import lorakit as lk
@@ -246,12 +248,14 @@ def report(runs: list[dict[str, Any]], job: dict[str, Any], where: dict[str, Any
     return "\n".join(
         [
             f"# SST-2, {job['model']}: lorakit and PEFT\n",
-            f"{job['rows']} training rows (`random.Random(0).sample` of the row numbers, sorted), {job['dev_rows']} dev rows, "
-            f"{len(job['rates'])} steps of {s['batch_size']} rows, fp32, LoRA r {s['r']}, alpha {s['alpha']}, all linear layers, the "
-            f"classifier in full ({job['trainable']:,} trainable parameters), AdamW, lr {s['lr']}, {s['schedule']}, warm-up "
-            f"{s['warmup']}, clip {s['clip']}. Same start values, order of rows and dropout seeds on both sides.\n",
+            f"{job['rows']} training rows (`random.Random(0).sample` of the row numbers, sorted), {job['dev_rows']} dev "
+            f"rows, {len(job['rates'])} steps of {s['batch_size']} rows, fp32, LoRA r {s['r']}, alpha {s['alpha']}, all "
+            f"linear layers, the classifier in full ({job['trainable']:,} trainable parameters), AdamW, lr {s['lr']}, "
+            f"{s['schedule']}, warm-up {s['warmup']}, clip {s['clip']}. Same start values, order of "
+            "rows and dropout seeds on both sides.\n",
             table(header, rows),
-            "Step times are medians between two optimizer steps, evaluations left out; each side ran in a process of its own.\n",
+            "Step times are medians between two optimizer steps, evaluations left out; each side ran in a process of "
+            "its own.\n",
             "Relative differences of the training loss, and absolute ones on the dev set:\n",
             table(compared, curves),
             measured_with(where),
@@ -273,6 +277,7 @@ def main() -> None:
         jobs.append(prepare(seed, work, options))
         return jobs[-1]
 
+    where = environment()
     with tempfile.TemporaryDirectory() as work:
         runs = compare(make_job, options.seeds, Path(work))
     for run in runs:
@@ -280,7 +285,7 @@ def main() -> None:
         ends = [run[arm]["epochs"][-1] for arm in ("ours", "peft")]
         run["accuracy_gap"] = abs(ends[0]["accuracy"] - ends[1]["accuracy"])
         run["loss_gap"] = abs(ends[0]["loss"] - ends[1]["loss"])
-    where, job = environment(), jobs[0]
+    job = jobs[0]
     text = report(runs, job, where)
     facts = {key: job[key] for key in ("model", "rows", "dev_rows", "settings", "head", "trainable")}
     content = {"benchmark": "sst2", "environment": where, **facts, "runs": runs}

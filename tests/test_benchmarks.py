@@ -36,7 +36,8 @@ def e2e(tmp_path: Path) -> Path:
     lines = ["mr,ref"]
     for i in range(40):
         for verb in ("is", "lies"):
-            lines.append(f'"name[Inn {i}], area[{"city" if i % 2 else "river"}]","Inn {i} {verb} by the {"city" if i % 2 else "river"}."')
+            place = "city" if i % 2 else "river"
+            lines.append(f'"name[Inn {i}], area[{place}]","Inn {i} {verb} by the {place}."')
     (tmp_path / "devset.csv").write_text("\n".join(lines) + "\n")
     return tmp_path
 
@@ -58,7 +59,9 @@ def benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module(name)
 
 
-def both_sides(script: ModuleType, work: Path, options: Namespace) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+def both_sides(
+    script: ModuleType, work: Path, options: Namespace
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     work.mkdir()
     job = json.loads(json.dumps(script.prepare(3, work, options)))  # as it goes to the other process
     return job, script.ours(job, work), script.peft(job, work)
@@ -109,10 +112,22 @@ def test_the_rows_of_a_draw_are_ours(sst2: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.slow  # four fresh processes of some 8 seconds of imports each
 @pytest.mark.parametrize("name", ["peft_sst2", "peft_e2e"])
-def test_the_script(name: str, request: pytest.FixtureRequest, tiny_encoder: Path, decoder: Path, tmp_path: Path) -> None:
+def test_the_script(
+    name: str, request: pytest.FixtureRequest, tiny_encoder: Path, decoder: Path, tmp_path: Path
+) -> None:
     data = request.getfixturevalue(name.removeprefix("peft_"))
     model = tiny_encoder if name == "peft_sst2" else decoder
-    command = [sys.executable, BENCHMARKS / f"{name}.py", "--tiny", "--data", data, "--model", model, "--output", tmp_path / "results"]
+    command = [
+        sys.executable,
+        BENCHMARKS / f"{name}.py",
+        "--tiny",
+        "--data",
+        data,
+        "--model",
+        model,
+        "--output",
+        tmp_path / "results",
+    ]
     done = subprocess.run([*map(str, command), "--seeds", "1", "2"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (report,) = (tmp_path / "results").glob("*.md")

@@ -1,4 +1,4 @@
-"""Whole transformers models of several families: an adapter's life on them, export, the transformers Trainer, torch.compile."""
+"""Whole transformers models of several families: an adapter's life on them, export, the Trainer, torch.compile."""
 
 import json
 from collections.abc import Callable
@@ -31,25 +31,33 @@ VOCABULARY = 64
 
 
 def llama() -> LlamaForCausalLM:
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    special = dict(tie_word_embeddings=True, pad_token_id=0, initializer_range=0.1)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    special = {"tie_word_embeddings": True, "pad_token_id": 0, "initializer_range": 0.1}
     return LlamaForCausalLM(LlamaConfig(**sizes, **special, vocab_size=VOCABULARY))
 
 
 def gpt2() -> GPT2LMHeadModel:
-    sizes = dict(n_layer=2, n_embd=32, n_head=2, n_positions=64)
-    special = dict(bos_token_id=1, eos_token_id=None, pad_token_id=0, initializer_range=0.1)
+    sizes = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64}
+    special = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0, "initializer_range": 0.1}
     return GPT2LMHeadModel(GPT2Config(**sizes, **special, vocab_size=VOCABULARY))
 
 
 def bert() -> BertForSequenceClassification:
-    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
     return BertForSequenceClassification(BertConfig(**sizes, vocab_size=VOCABULARY, num_labels=3))
 
 
 def t5() -> T5ForConditionalGeneration:
-    sizes = dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
-    return T5ForConditionalGeneration(T5Config(**sizes, vocab_size=VOCABULARY, decoder_start_token_id=0, pad_token_id=0))
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    return T5ForConditionalGeneration(
+        T5Config(**sizes, vocab_size=VOCABULARY, decoder_start_token_id=0, pad_token_id=0)
+    )
 
 
 FAMILIES: dict[str, Callable[[], Any]] = {"llama": llama, "gpt2": gpt2, "bert": bert, "t5": t5}
@@ -163,7 +171,7 @@ def test_a_merged_model_saved_and_loaded_is_the_same(family: str, what: str, tmp
 
 @pytest.mark.parametrize("side", ["embed_tokens", "lm_head"])
 def test_one_side_of_a_tied_pair(side: str) -> None:
-    """An adapter on the embedding changes what goes in and not what comes out, and the other way round: merging unties them."""
+    """An adapter on the embedding changes what goes in and not what comes out, or the reverse: merging unties them."""
     model, other = build("llama"), "lm_head" if side == "embed_tokens" else "model.embed_tokens"
     path = f"model.{side}" if side == "embed_tokens" else side
     shared = model.lm_head.weight
@@ -203,18 +211,18 @@ def rows(count: int = 16) -> list[dict[str, list[int]]]:
 
 
 def trainer(model: Any, directory: Path, data: list[dict[str, Any]] | None = None, **settings: Any) -> Trainer:
-    defaults: dict[str, Any] = dict(
-        output_dir=str(directory),
-        per_device_train_batch_size=4,
-        max_steps=12,
-        learning_rate=2e-2,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        seed=0,
-    )
+    defaults: dict[str, Any] = {
+        "output_dir": str(directory),
+        "per_device_train_batch_size": 4,
+        "max_steps": 12,
+        "learning_rate": 2e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 0,
+    }
     return Trainer(model, TrainingArguments(**{**defaults, **settings}), train_dataset=data or rows())
 
 
@@ -239,14 +247,20 @@ def test_training_moves_the_adapter_and_nothing_else(family: str, tmp_path: Path
     run.train()
     assert sum(losses(run)[-3:]) < 0.7 * sum(losses(run)[:3])
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == {name for name in before if ".adapters.default." in name} == {n for n, p in model.named_parameters() if p.requires_grad}
-    assert {id(p) for g in run.optimizer.param_groups for p in g["params"]} <= {id(p) for p in model.parameters() if p.requires_grad}
+    assert (
+        moved
+        == {name for name in before if ".adapters.default." in name}
+        == {n for n, p in model.named_parameters() if p.requires_grad}
+    )
+    assert {id(p) for g in run.optimizer.param_groups for p in g["params"]} <= {
+        id(p) for p in model.parameters() if p.requires_grad
+    }
     lk.detach(model)
     assert torch.equal(output(model), output(build(family)))
 
 
 def test_what_the_trainer_saves(tmp_path: Path) -> None:
-    """`save_model` writes the base as it was with the adapter beside it; the base is read from it unchanged, and so is the adapter."""
+    """`save_model` writes the base as it was with the adapter beside it; the base is read from it unchanged."""
     model = lk.attach(build("llama"), lk.LoRA(r=4))
     run = trainer(model, tmp_path / "run")
     run.train()
@@ -297,7 +311,7 @@ def test_gradient_checkpointing_changes_no_result(reentrant: bool, tmp_path: Pat
 
 
 def test_a_whole_adapted_model_compiles_into_one_graph() -> None:
-    """The same logits and gradients as without; switching the adapter off is noticed; a step of training compiles nothing anew."""
+    """The same logits and gradients as without; switching off is noticed; a step of training compiles nothing anew."""
     model = build("llama")
     base = output(model)
     perturb(lk.attach(model, lk.LoRA(r=4)))

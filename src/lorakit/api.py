@@ -13,8 +13,8 @@ from .methods.lora import LoRA
 from .train.config import DataConfig, EvalConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig, TrainOptions
 from .train.config_file import check
 from .train.progress import Progress
-from .train.run import RunResult
 from .train.run import run as run_config
+from .train.session import RunResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

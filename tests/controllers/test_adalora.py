@@ -1,4 +1,4 @@
-"""AdaLoRA's budget: the authors' schedule, PEFT's choices on the same gradients, and ranks that were planted are found."""
+"""AdaLoRA's budget: the authors' schedule, PEFT's choices on the same gradients, planted ranks that are found."""
 
 import json
 from collections.abc import Callable
@@ -98,7 +98,9 @@ def test_every_step_is_pefts(deltaT: int) -> None:
             for mine, other in zip(adapter.parameters(), weights, strict=True):
                 other.data = mine.detach().clone()
     for layer in their_layers:
-        layer.ranknum["default"].requires_grad_(False)  # PEFT would train it on a base that is not fp32, and not save it
+        layer.ranknum["default"].requires_grad_(
+            False
+        )  # PEFT would train it on a base that is not fp32, and not save it
     control = start(ours, total, **settings)
     optimizers = [torch.optim.Adam([p for p in m.parameters() if p.requires_grad], lr=1e-2) for m in (ours, theirs)]
     kept = []

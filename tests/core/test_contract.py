@@ -87,7 +87,7 @@ def attach(model: nn.Module, method: lk.Method, kind: str, name: str = "default"
 
 def only_if_mergeable(model: nn.Module) -> None:
     """A method that cannot be merged says so beforehand, refuses with the reason, and leaves the model alone then."""
-    ((_, layer, adapter),) = lk.adapters(model)
+    ((_, _, adapter),) = lk.adapters(model)
     if adapter.mergeable():
         return
     before = copy.deepcopy(model.state_dict())

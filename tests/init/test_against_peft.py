@@ -122,7 +122,9 @@ def test_lora_ga(net: Net, x: Tensor) -> None:
 
     mine = ours(copy.deepcopy(net), "lora_ga", x)
     config = {"r": R, "lora_alpha": ALPHA, "target_modules": ["q", "k", "o"], "init_lora_weights": "lora_ga"}
-    settings = peft.LoraConfig(**config, lora_ga_config=LoraGAConfig(direction="ArB2r", scale="stable", stable_gamma=16))
+    settings = peft.LoraConfig(
+        **config, lora_ga_config=LoraGAConfig(direction="ArB2r", scale="stable", stable_gamma=16)
+    )
     preprocess_loraga(net, settings, train_step=lambda: loss(net, x).backward())
     other = of_peft(peft.get_peft_model(net, settings))
     for path, (A, B) in mine.items():
@@ -147,7 +149,9 @@ def test_eva(net: Net, x: Tensor, rho: float) -> None:
     statistics = calibrate(net, method, [x], loss)
     chosen = ranks(statistics, R, rho)
     assert sum(chosen.values()) == 3 * R
-    assert sorted(chosen.values()) == sorted(len(A) for A in other.values())  # q and k see the same: either may get more
+    assert sorted(chosen.values()) == sorted(
+        len(A) for A in other.values()
+    )  # q and k see the same: either may get more
     assert chosen["o"] == len(other["o"])
     kept = {path: r for path, r in chosen.items() if r}
     lk.attach(net, method, statistics=statistics, target_modules=list(kept), rank_pattern=kept)

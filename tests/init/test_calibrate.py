@@ -33,7 +33,9 @@ def everything(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def loss(model: nn.Module, batch: Tensor) -> Tensor:
-    return model(batch).float().square().mean() if model[0].weight.dtype != torch.float64 else model(batch).square().mean()
+    return (
+        model(batch).float().square().mean() if model[0].weight.dtype != torch.float64 else model(batch).square().mean()
+    )
 
 
 KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Callable[[nn.Module, Tensor], Tensor]]] = {
@@ -76,7 +78,12 @@ class Deep(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.twice, self.named, self.idle = nn.Linear(8, 12), nn.Linear(12, 12), nn.Linear(12, 3), nn.Linear(2, 2)
+        self.up, self.twice, self.named, self.idle = (
+            nn.Linear(8, 12),
+            nn.Linear(12, 12),
+            nn.Linear(12, 3),
+            nn.Linear(2, 2),
+        )
         self.dropout = nn.Dropout(0.5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,7 +138,9 @@ def test_groups_and_repetition_change_no_bit(deep: Deep) -> None:
         assert list(apart._latest) == [path], "only the latest group is kept"
 
 
-def test_statistics_asked_for_while_adapters_start_are_those_of_the_base(deep: Deep, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_asked_for_while_adapters_start_are_those_of_the_base(
+    deep: Deep, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.undo()
     method, targets = lk.LoRA(r=1, init="lora_ga"), {"target_modules": ["up", "twice", "named"]}
     before = {p: copy.deepcopy(s) for p, s in calibrate(deep, method, batches(), square, **targets).items()}

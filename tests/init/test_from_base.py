@@ -13,17 +13,30 @@ from lorakit.core.chain import Chain
 
 OUT, IN, R, ALPHA = 14, 10, 3, 7.5
 S = ALPHA / R
-SIZES = {"vocab_size": 48, "n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+SIZES = {
+    "vocab_size": 48,
+    "n_positions": 32,
+    "n_embd": 16,
+    "n_layer": 1,
+    "n_head": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 FROM_BASE = sorted(name for name in lk.INITS if vars(lk.INITS.module(name)).get("FROM_BASE"))
 
 
 class Problem:
     """One layer, data, a loss. In float64, the starts are the closed forms to rounding."""
 
-    def __init__(self, init: str, dtype: torch.dtype = torch.float64, *, attach: bool = True, alpha: float = ALPHA) -> None:
+    def __init__(
+        self, init: str, dtype: torch.dtype = torch.float64, *, attach: bool = True, alpha: float = ALPHA
+    ) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(IN, OUT)).to(dtype)
-        self.x, self.y = torch.randn(50, IN, dtype=dtype) @ torch.randn(IN, IN, dtype=dtype), torch.randn(50, OUT, dtype=dtype)
+        self.x, self.y = (
+            torch.randn(50, IN, dtype=dtype) @ torch.randn(IN, IN, dtype=dtype),
+            torch.randn(50, OUT, dtype=dtype),
+        )
         self.W = self.model[0].weight.detach().clone()
         self.base = copy.deepcopy(self.model)
         self.method = lk.LoRA(r=R, alpha=alpha, init=init)
@@ -146,7 +159,7 @@ def test_corda_splits_the_weight_as_seen_by_the_inputs(init: str) -> None:
     close(p.change @ C, (U[:, kept] * sigma[kept]) @ Vh[kept])
     left = sigma[R:] if init == "corda" else sigma[:-R]
     close(torch.linalg.svdvals((p.W - p.change) @ C)[: IN - R], left)
-    A, B = p.factors
+    _, B = p.factors
     close(B.T @ B, torch.diag(sigma[kept] / S))
 
 
@@ -229,9 +242,7 @@ def test_trained_and_saved_it_is_one_lora_of_twice_the_rank(init: str, parts: li
 
     model, ids = build(), torch.arange(24).reshape(2, 12)
     targets, method = [*parts, "c_fc"], lk.LoRA(r=2, alpha=3, init=init)
-    statistics = calibrate(
-        model, method, [ids], lambda model, ids: model(ids, labels=ids).loss, target_modules=targets
-    )
+    statistics = calibrate(model, method, [ids], lambda model, ids: model(ids, labels=ids).loss, target_modules=targets)
     before = model(ids).logits
     lk.attach(model, method, target_modules=targets, statistics=statistics)
     assert torch.equal(model(ids).logits, before)

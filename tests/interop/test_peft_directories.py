@@ -1,4 +1,4 @@
-"""PEFT directories both ways: what either writes the other reads, with the same logits (to the last bit in fp32, where said)."""
+"""PEFT directories both ways: what either writes the other reads, with the same logits, nearly all to the last bit."""
 
 import filecmp
 import json
@@ -44,7 +44,13 @@ class Vision(nn.Module):
 
 
 def llama(**kwargs: Any) -> nn.Module:
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, vocab_size=64)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "vocab_size": 64,
+    }
     return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, **kwargs))
 
 
@@ -53,7 +59,13 @@ def gpt2() -> nn.Module:
 
 
 def bert() -> nn.Module:
-    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, vocab_size=64)
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "vocab_size": 64,
+    }
     return BertForSequenceClassification(BertConfig(**sizes, num_labels=3))
 
 
@@ -150,7 +162,9 @@ LORA = {"r": 4, "alpha": 8}
 THEIR_LORA = {"r": 4, "lora_alpha": 8}
 SPELLINGS = {
     "lora": spelled("lora", peft.LoraConfig, LORA, THEIR_LORA, LAYERS),
-    "rslora": spelled("lora", peft.LoraConfig, {**LORA, "rank_stabilized": True}, {**THEIR_LORA, "use_rslora": True}, LAYERS),
+    "rslora": spelled(
+        "lora", peft.LoraConfig, {**LORA, "rank_stabilized": True}, {**THEIR_LORA, "use_rslora": True}, LAYERS
+    ),
     "dora": spelled("dora", peft.LoraConfig, LORA, {**THEIR_LORA, "use_dora": True}, LAYERS, 3e-6),
     "vera": spelled("vera", peft.VeraConfig, {"r": 8}, {"r": 8}, LINEAR),
     "vera_from_seed": spelled(
@@ -166,7 +180,9 @@ SPELLINGS = {
 }
 
 
-@pytest.fixture(params=[(m, c) for m, spelling in SPELLINGS.items() for c in CASES if c in spelling.cases], ids="-".join)
+@pytest.fixture(
+    params=[(m, c) for m, spelling in SPELLINGS.items() for c in CASES if c in spelling.cases], ids="-".join
+)
 def pair(request: pytest.FixtureRequest) -> Any:
     method, case = request.param
     return SPELLINGS[method], CASES[case]
@@ -178,7 +194,9 @@ def case(request: pytest.FixtureRequest) -> Any:
 
 
 def agree(a: Tensor, b: Tensor, atol: float) -> None:
-    assert torch.equal(a, b) if atol == 0 else torch.allclose(a, b, rtol=0, atol=atol), f"off by {(a - b).abs().max():.1e}"
+    assert torch.equal(a, b) if atol == 0 else torch.allclose(a, b, rtol=0, atol=atol), (
+        f"off by {(a - b).abs().max():.1e}"
+    )
 
 
 def build(make: Callable[[], nn.Module]) -> nn.Module:
@@ -228,7 +246,9 @@ def test_peft_in_ours_and_back(pair: Any, tmp_path: Path) -> None:
     model = lk.load(build(make), tmp_path / "a")
     agree(output(model, batch), expected, spelling.atol)
     lk.save(model, tmp_path / "b")
-    assert filecmp.cmp(tmp_path / "a" / "adapter_model.safetensors", tmp_path / "b" / "adapter_model.safetensors", shallow=False)
+    assert filecmp.cmp(
+        tmp_path / "a" / "adapter_model.safetensors", tmp_path / "b" / "adapter_model.safetensors", shallow=False
+    )
     assert torch.equal(output(from_peft(make, tmp_path / "b"), batch), expected)
 
 
@@ -238,7 +258,11 @@ def test_a_second_save_has_the_same_bytes(pair: Any, tmp_path: Path) -> None:
 
 
 def saved_twice(
-    make: Callable[[], nn.Module], batch: dict[str, Tensor], arguments: dict[str, Any], method: lk.Method, tmp_path: Path
+    make: Callable[[], nn.Module],
+    batch: dict[str, Tensor],
+    arguments: dict[str, Any],
+    method: lk.Method,
+    tmp_path: Path,
 ) -> None:
     model = ours(make, arguments, method)
     lk.save(model, tmp_path / "a", base="some/model")
@@ -280,7 +304,9 @@ def test_peft_refuses_what_it_cannot_read(name: str, tmp_path: Path) -> None:
             from_peft(bert, tmp_path)
     else:
         batch = tokens()
-        torch.testing.assert_close(output(from_peft(bert, tmp_path), batch), output(lk.load(build(bert), tmp_path), batch))
+        torch.testing.assert_close(
+            output(from_peft(bert, tmp_path), batch), output(lk.load(build(bert), tmp_path), batch)
+        )
 
 
 def test_lora_fa_is_lora_to_all_others(case: Any, tmp_path: Path) -> None:
@@ -306,7 +332,9 @@ def methods_in(model: nn.Module) -> set[str]:
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_pruned_ranks_go_both_ways(make: Callable[[], nn.Module], tmp_path: Path) -> None:
     """PEFT prunes, down to no rank at all in one layer; what is left is read here, written, and read by PEFT again."""
-    theirs = peft.get_peft_model(build(make), adalora(target_modules=["q_proj", "k_proj"] if make is llama else ["c_attn"]))
+    theirs = peft.get_peft_model(
+        build(make), adalora(target_modules=["q_proj", "k_proj"] if make is llama else ["c_attn"])
+    )
     perturb(p for p in theirs.parameters() if p.requires_grad)
     layers = {n: p for n, p in theirs.base_model.model.named_parameters() if "lora_E" in n}
     masks = {n: [False] * 4 if i == 0 else [i > j for j in (0, 3, 1, 2)] for i, n in enumerate(layers)}
@@ -321,7 +349,9 @@ def test_pruned_ranks_go_both_ways(make: Callable[[], nn.Module], tmp_path: Path
     torch.testing.assert_close(output(model, batch), expected, rtol=0, atol=1e-6)
     assert [len(a.lora_E) for _, _, a in lk.adapters(model)] == [sum(mask) for mask in masks.values()]
     lk.save(model, tmp_path / "b")
-    assert filecmp.cmp(tmp_path / "a" / "adapter_model.safetensors", tmp_path / "b" / "adapter_model.safetensors", shallow=False)
+    assert filecmp.cmp(
+        tmp_path / "a" / "adapter_model.safetensors", tmp_path / "b" / "adapter_model.safetensors", shallow=False
+    )
     assert torch.equal(output(from_peft(make, tmp_path / "b"), batch), output(model, batch))
 
 
@@ -334,10 +364,16 @@ def test_masks_that_are_none_are_refused(pattern: Any, tmp_path: Path) -> None:
         lk.load(build(llama), tmp_path)
 
 
-@pytest.mark.parametrize("targets", [["c_attn.q", "c_attn.v"], ["c_attn.v", "mlp.c_fc"], ["c_attn.q", "c_attn.k", "c_attn.v"]])
+@pytest.mark.parametrize(
+    "targets", [["c_attn.q", "c_attn.v"], ["c_attn.v", "mlp.c_fc"], ["c_attn.q", "c_attn.k", "c_attn.v"]]
+)
 def test_parts_of_a_fused_projection(targets: list[str], tmp_path: Path) -> None:
     """PEFT gets one block-wise pair for the whole layer; here the parts come back as parts, bit for bit."""
-    arguments = {"target_modules": targets, "rank_pattern": {"h.0.attn.c_attn.v": 2}, "alpha_pattern": {"h.1.attn.c_attn.v": 4.0}}
+    arguments = {
+        "target_modules": targets,
+        "rank_pattern": {"h.0.attn.c_attn.v": 2},
+        "alpha_pattern": {"h.1.attn.c_attn.v": 4.0},
+    }
     model, batch = ours(gpt2, arguments), tokens()
     expected = output(model, batch)
     lk.save(model, tmp_path / "a")

@@ -1,4 +1,4 @@
-"""AdaLoRA's map: its scale, its start, and that leaving out what was pruned changes nothing. The budget: tests/controllers."""
+"""AdaLoRA's map: its scale, its start, and that leaving out what was pruned changes nothing."""
 
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,9 @@ def test_layers_may_start_with_less() -> None:
         lk.attach(network(), AdaLoRA(), target_modules=["0", "3"], alpha_pattern={"3": 2.0})
 
 
-@pytest.mark.parametrize("bad", [{"init_r": 0}, {"target_r": 13}, {"target_r": 0}, {"alpha": 0.0}, {"dropout": 1.0}, {"r": 13}])
+@pytest.mark.parametrize(
+    "bad", [{"init_r": 0}, {"target_r": 13}, {"target_r": 0}, {"alpha": 0.0}, {"dropout": 1.0}, {"r": 13}]
+)
 def test_impossible_settings_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(UsageError, match="r must be" if "init_r" in bad else next(iter(bad))):
         AdaLoRA(**bad)

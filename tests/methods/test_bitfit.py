@@ -35,14 +35,22 @@ def test_steps_are_those_of_the_bias_itself() -> None:
 
 
 def test_only_biases_are_counted() -> None:
-    model = BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, vocab_size=64))
+    model = BertModel(
+        BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, vocab_size=64)
+    )
     linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
     lk.attach(model, BitFit())
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == sum(m.out_features for m in linear)
 
 
 def test_layers_without_a_bias_are_named_and_the_model_is_left_alone() -> None:
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 64,
+    }
     model = LlamaForCausalLM(LlamaConfig(**sizes, attention_bias=True))
     with pytest.raises(UsageError, match="no bias") as refusal:
         lk.attach(model, BitFit())

@@ -77,11 +77,19 @@ def test_merging_is_refused_with_the_reason(name: str) -> None:
 
 
 def bert() -> nn.Module:
-    return BertModel(BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, vocab_size=64))
+    return BertModel(
+        BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, vocab_size=64)
+    )
 
 
 def llama() -> nn.Module:
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 64,
+    }
     return LlamaModel(LlamaConfig(**sizes))
 
 
@@ -117,7 +125,11 @@ def test_the_placements_of_the_module_docstrings(
 
 def test_norms_are_trained_beside_houlsbys_adapters() -> None:
     doc = str(lk.METHODS.module("houlsby").__doc__)
-    for make, norms in ((bert, ["LayerNorm"]), (llama, ["input_layernorm", "post_attention_layernorm"]), (gpt2, ["ln_1", "ln_2"])):
+    for make, norms in (
+        (bert, ["LayerNorm"]),
+        (llama, ["input_layernorm", "post_attention_layernorm"]),
+        (gpt2, ["ln_1", "ln_2"]),
+    ):
         assert all(f'"{norm}"' in doc for norm in norms)
         model = lk.attach(make(), small("houlsby"), target_modules="all-linear", modules_to_save=norms)
         trained = {path for path, _, a in lk.adapters(model) if not isinstance(a, lk.AbstractAdapter)}
@@ -126,6 +138,5 @@ def test_norms_are_trained_beside_houlsbys_adapters() -> None:
 
 @pytest.mark.parametrize("bad", [{"activation": "tanh"}, {"bottleneck": 0}])
 def test_impossible_settings_are_refused(bad: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="activation|bottleneck"):
+    with pytest.raises(UsageError, match=next(iter(bad))):
         lk.METHODS["houlsby"](**bad)
-

@@ -17,7 +17,7 @@ def network() -> nn.Module:
 
 @pytest.mark.parametrize("name", sorted(lk.METHODS))
 def test_the_loss_falls(name: str) -> None:
-    """The teacher is the same network with its biases moved and one column of each matrix: work for every kind of change."""
+    """The teacher is the same network with other biases and a rank-one change of each matrix: work for any change."""
     torch.manual_seed(0)
     model = network()
     teacher = copy.deepcopy(model)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -133,3 +134,21 @@ def test_embeddings_start_where_they_can_learn() -> None:
     assert not adapter.lora_B.any()
     model(torch.tensor([1, 5, 5])).square().sum().backward()
     assert adapter.lora_B.grad.any()
+
+
+def test_a_start_from_the_weight_is_taken_off_again_and_saved_as_one_pair(tmp_path: Path) -> None:
+    """With PiSSA the frozen A holds the principal directions of W; the start is the base model all the same."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 20))
+    plain, x = copy.deepcopy(model), torch.randn(5, 12)
+    lk.attach(model, LoRAFA(r=3, init="pissa"))
+    assert torch.equal(model(x), plain(x))
+    ((_, _, chain),) = lk.adapters(model)
+    _, _, V = torch.linalg.svd(plain[0].weight)
+    inside = chain.live.lora_A @ V[:3].T @ V[:3]
+    torch.testing.assert_close(chain.live.lora_A.detach(), inside.detach())
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {"0.adapters.default.live.lora_B"}
+    with torch.no_grad():
+        chain.live.lora_B.add_(0.1)
+    lk.save(model, tmp_path)
+    torch.testing.assert_close(lk.load(plain, tmp_path)(x), model(x))

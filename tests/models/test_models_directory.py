@@ -85,6 +85,13 @@ def test_what_is_no_model_directory_is_named(model):
         check_directory(model)
 
 
+def test_a_huge_json_file_is_refused_unread(model):
+    with (model / "tokenizer.json").open("r+b") as file:
+        file.truncate(300 << 20)  # a sparse file: it takes no room
+    with pytest.raises(FileError, match=r"tokenizer\.json is larger than 256 MB"):
+        check_directory(model)
+
+
 def shard(model):
     """Split the weights into two files, in another order."""
     with safe_open(model / "model.safetensors", "pt") as file:

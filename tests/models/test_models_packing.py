@@ -184,6 +184,8 @@ def test_documents_that_do_not_fill_the_row_are_refused():
     for ids, lengths in ((torch.ones(1, 9, dtype=torch.long), [4, 4]), (torch.ones(2, 4, dtype=torch.long), [4, 4])):
         with pytest.raises(UsageError, match="must fill one row"):
             model(ids, lengths=lengths)
+    with pytest.raises(UsageError, match="no padding to mask"):
+        model(torch.ones(1, 8, dtype=torch.long), attention_mask=torch.ones(1, 8), lengths=[4, 4])
 
 
 @pytest.mark.parametrize("window", [None, 3])

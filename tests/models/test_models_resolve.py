@@ -1,6 +1,8 @@
 import importlib.util
 import json
+import os
 import shutil
+import subprocess
 import sys
 import zipfile
 
@@ -104,6 +106,14 @@ def test_a_wheel_or_a_loose_file_in_the_cache_will_do(empty_cache):
     (cache_dir() / "canary_package-1.0-py3-none-any.whl").write_bytes(b"not a zip")
     with pytest.raises(LorakitError, match="cannot read the wheel"), packaged_file("canary", "canary_package", "*.bin"):
         pass
+
+
+def test_the_package_is_light_to_import():
+    heavy = ["transformers", "safetensors", "gguf", "huggingface_hub", "rich"]
+    code = f"import sys, lorakit.models; print([name for name in {heavy} if name in sys.modules])"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
 
 
 def test_minilm_is_a_plain_bert(built_in):

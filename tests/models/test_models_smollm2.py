@@ -9,10 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from lorakit.core.errors import FileError
+from lorakit.core.errors import FileError, ResourceError
 from lorakit.models import generate
+from lorakit.models.cache import publish
+from lorakit.models.directory import check_directory
 from lorakit.models.smollm2 import convert
 from lorakit.models.wheels import packaged_file
 
@@ -138,6 +141,17 @@ def test_a_missing_gguf_package_names_the_extra(tmp_path, monkeypatch):
     with pytest.raises(FileError, match="gguf is needed") as caught:
         convert(tmp_path / "x.gguf", tmp_path)
     assert "lorakit[quickstart]" in caught.value.fix
+
+
+def test_a_full_disk_is_said_to_be_full(small, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    written_as_gguf(small, *vocabulary(), tmp_path / "small.gguf")
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(ResourceError, match="no space left"):
+        publish(tmp_path / "cache" / "model", lambda draft: convert(tmp_path / "small.gguf", draft), check_directory)
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 @pytest.fixture(scope="module")

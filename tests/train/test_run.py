@@ -178,7 +178,7 @@ def test_one_times_four_is_four_times_one(
     configure: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, packed: bool
 ) -> None:
     if not packed:
-        monkeypatch.setattr("lorakit.train.run.enable_packing", lambda model: False)
+        monkeypatch.setattr("lorakit.train.session.enable_packing", lambda model: False)
     same = {"method__dropout": 0.0, "train__max_steps": 3, "train__epochs": ..., "optim__lr": 1e-3}
     monkeypatch.setattr(loop, "random_seed", lambda *_: 0)
     deterministic = dict(same)
@@ -203,7 +203,7 @@ def test_padded_and_packed_are_the_same_training(
 ) -> None:
     same = {"method__dropout": 0.0, "train__max_steps": 4, "train__epochs": ..., "optim__lr": 1e-3}
     packed = go(configure("packed", **same), **no_dropout(configure))
-    monkeypatch.setattr("lorakit.train.run.enable_packing", lambda model: False)
+    monkeypatch.setattr("lorakit.train.session.enable_packing", lambda model: False)
     padded = go(configure("padded", **same), **no_dropout(configure))
     for (_, _, a), (_, _, b) in zip(losses(packed.directory), losses(padded.directory), strict=True):
         assert a == pytest.approx(b, rel=2e-5)

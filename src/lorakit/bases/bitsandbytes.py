@@ -47,7 +47,9 @@ def _(weight: Params4bit) -> torch.Size:
 @bytes_of.register
 def _(weight: Params4bit) -> int:
     state = weight.quant_state
-    scales = [state.absmax, state.code] + ([state.offset, state.state2.absmax, state.state2.code] if state.nested else [])
+    scales = [state.absmax, state.code] + (
+        [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
+    )
     return weight.data.nbytes + sum(t.nbytes for t in scales)
 
 
@@ -116,8 +118,7 @@ class Linear8bit(Linear8bitLt):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the layer."""
-        if self.weight.CB is not None:
-            self.init_8bit_state()
+        self.state.CB, self.state.SCB = self.weight.data, self.weight.SCB
         self.state.is_training = True
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return bnb.matmul(x, self.weight, bias=bias, state=self.state)

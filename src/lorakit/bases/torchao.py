@@ -35,7 +35,9 @@ def _(weight: TorchAOBaseTensor, value: Tensor) -> Tensor:
 @store.register
 def _(weight: Int8Tensor, value: Tensor) -> Tensor:
     per_row = weight.block_size[0] == 1
-    return Int8Tensor.from_hp(value.to(weight.dtype), PerRow() if per_row else PerTensor(), reduce_range=weight.reduce_range)
+    return Int8Tensor.from_hp(
+        value.to(weight.dtype), PerRow() if per_row else PerTensor(), reduce_range=weight.reduce_range
+    )
 
 
 @store.register

@@ -60,7 +60,7 @@ def train(
 
 
 def show_result(done: Any, *, json: bool) -> None:
-    """Print what a run came to (a train.run.RunResult)."""
+    """Print what a run came to (a train.session.RunResult)."""
     if json:
         json_result(asdict(done))
         return

@@ -101,11 +101,11 @@ class AbstractAdapter(nn.Module, ABC):
         return self.MERGEABLE
 
     def compact(self) -> "AbstractAdapter":
-        """Give the adapter as it is saved: itself, or a smaller one that computes the same (AdaLoRA without what it pruned)."""
+        """Give the adapter as it is saved: itself, or a smaller one that computes the same (AdaLoRA's, when pruned)."""
         return self
 
     def shared_tensors(self) -> dict[str, Tensor]:
-        """Give the tensors outside the state dict that every layer's adapter holds, to be saved once (VeRA's projections)."""
+        """Give the tensors outside the state dict that all layers' adapters hold, to be saved once (VeRA's projections)."""
         return {}
 
     def roles(self) -> dict[str, str]:
@@ -144,8 +144,8 @@ class PeftFormat:
     fields: own hyper-parameter -> field of `adapter_config.json`.
     constants: fields with a fixed value, by which methods that share a `peft_type` are told apart.
     ignored: fields that change nothing about what the tensors compute; written with these values, read with any.
-    masked: (tensor, own field) where PEFT's `rank_pattern` is no pattern of ranks but, by tensor, a list of booleans that
-        says which of its rows are in the file; the field is the length of that list.
+    masked: (tensor, own field) where PEFT's `rank_pattern` is no pattern of ranks but, by tensor, a list of booleans
+        that says which of its rows are in the file; the field is the length of that list.
     only_with_side_file: to PEFT this is another method; `lorakit.json` alone tells them apart.
     """
 

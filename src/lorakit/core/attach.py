@@ -103,9 +103,9 @@ def attach(
 ) -> nn.Module:
     """Give the targeted layers of `model` an adapter `name`, activate it, and leave exactly it trainable.
 
-    The other arguments are those of `Target`; `statistics` are measurements by layer path, for the starts that need them.
-    Raises UsageError for a name in use, for targets that match nothing and for patterns and layers that the method cannot
-    follow; the model is then unchanged.
+    The other arguments are those of `Target`; `statistics` are measurements by layer path, for the starts that need
+    them. Raises UsageError for a name in use, for targets that match nothing and for patterns and layers that the
+    method cannot follow; the model is then unchanged.
     """
     target = Target(
         target_modules=target_modules,
@@ -153,7 +153,9 @@ def places(model: nn.Module, method: Method, target: Target) -> list[Place]:
     ranks = by_pattern(target.rank_pattern, names, "rank_pattern", model)
     alphas = by_pattern(target.alpha_pattern, names, "alpha_pattern", model)
     if (ranks or alphas) and not {"r", "alpha"} <= vars(method).keys():
-        raise UsageError(f"{type(method).__name__} has no rank and alpha, so rank_pattern and alpha_pattern do not apply")
+        raise UsageError(
+            f"{type(method).__name__} has no rank and alpha, so rank_pattern and alpha_pattern do not apply"
+        )
     if isinstance(method, Sharing):
         method = method.shared([_shape(s) for s in chosen])
     found: dict[str, Place] = {}
@@ -198,9 +200,13 @@ def place(model: nn.Module, method: Method, target: Target, name: str) -> None:
 
 def _check_name(model: nn.Module, name: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}", name) or name in dir(nn.ModuleDict):
-        raise UsageError(f"{name!r} is no name for an adapter", fix="letters, digits, _ and -, and not a method of ModuleDict")
+        raise UsageError(
+            f"{name!r} is no name for an adapter", fix="letters, digits, _ and -, and not a method of ModuleDict"
+        )
     if name in names(model):
-        raise UsageError(f"there is an adapter {name!r} already", fix=f"detach(model, {name!r}) first, or take another name")
+        raise UsageError(
+            f"there is an adapter {name!r} already", fix=f"detach(model, {name!r}) first, or take another name"
+        )
 
 
 def adapters(model: nn.Module, name: str = "default") -> Iterator[tuple[str, Adapted, Attached]]:

@@ -129,10 +129,14 @@ class _Sums:
     def mean(self, path: str, batches: int) -> Statistics:
         """Divide the sums, in place."""
         if not self.count:
-            raise UsageError(f"{path} was never run on the calibration batches", fix="leave it out with exclude_modules")
+            raise UsageError(
+                f"{path} was never run on the calibration batches", fix="leave it out with exclude_modules"
+            )
         sums = [t for t in (self.moment, self.gradient) if t is not None]
         if not all(bool(t.isfinite().all()) for t in sums):
-            raise DivergenceError(f"the inputs or gradients of {path} hold NaN or infinity", fix="look at the data, or take float32")
+            raise DivergenceError(
+                f"the inputs or gradients of {path} hold NaN or infinity", fix="look at the data, or take float32"
+            )
         if self.gradient is not None:
             self.gradient /= batches
         if self.moment is None:

@@ -66,7 +66,9 @@ LAYOUTS: Mapping[tuple[str, str | None], Callable[[int, Mapping], dict[str, Tens
 def contiguous(sizes: Mapping[str, int], out: int) -> dict[str, Tensor]:
     """Give the rows of parts that stand one after the other. Raises UsageError if the sizes do not add up to `out`."""
     if sum(sizes.values()) != out:
-        raise UsageError(f"fused sizes {list(sizes.values())[:10]} add up to {sum(sizes.values())}, the layer has {out} outputs")
+        raise UsageError(
+            f"fused sizes {list(sizes.values())[:10]} add up to {sum(sizes.values())}, the layer has {out} outputs"
+        )
     return dict(zip(sizes, torch.arange(out).split(list(sizes.values())), strict=True))
 
 
@@ -87,9 +89,11 @@ def declared_rows(given: Declared, out: int) -> dict[str, Tensor]:
     inside = all(own for own in spans.values()) and all(0 <= a < b <= out for a, b in every)
     if len(spans) < len(given) or not inside or sum(b - a for a, b in every) > out:
         names = ", ".join(map(repr, list(given)[:10]))
-        raise UsageError(f"the fused parts {names} are no rows of a layer with {out} outputs", fix="give [start, stop) ranges of its rows")
-    rows = {name: torch.cat([torch.arange(a, b) for a, b in own]) for name, own in spans.items()}
-    return rows
+        raise UsageError(
+            f"the fused parts {names} are no rows of a layer with {out} outputs",
+            fix="give [start, stop) ranges of its rows",
+        )
+    return {name: torch.cat([torch.arange(a, b) for a, b in own]) for name, own in spans.items()}
 
 
 def parts(model: nn.Module, path: str, out: int, declared: Mapping[str, Declared] | None) -> dict[str, Tensor]:
@@ -159,12 +163,12 @@ class Parts(AbstractAdapter):
             return None
         merged = bias.clone()
         for name, part in self.each():
-            merged[self.rows(name)] = part.merge_bias(bias[self.rows(name)])
+            merged[self.rows(name)] = cast(Tensor, part.merge_bias(bias[self.rows(name)]))
         return merged
 
     def mergeable(self) -> bool:
         """Whether every part is."""
-        return all(part.mergeable() for part in self.parts.values())
+        return all(part.mergeable() for _, part in self.each())
 
     def compact(self) -> "Parts":
         """Give the compact parts."""
@@ -173,7 +177,7 @@ class Parts(AbstractAdapter):
 
     def shared_tensors(self) -> dict[str, Tensor]:
         """Give what the parts share."""
-        return {name: t for part in self.parts.values() for name, t in part.shared_tensors().items()}
+        return {name: t for _, part in self.each() for name, t in part.shared_tensors().items()}
 
     def roles(self) -> dict[str, str]:
         """Give the parts' roles."""

@@ -192,6 +192,7 @@ class ConvKind(Kind):
 
 @singledispatch
 def kind_of(layer: nn.Module) -> type[Kind] | None:
+    """Give the mixin of a layer's class; register a new kind here."""
     return None
 
 

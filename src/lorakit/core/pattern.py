@@ -1,17 +1,18 @@
 """Names of layers: suffixes and regular expressions, the latter matched without backtracking.
 
-Adapter files come from strangers, and Python's `re` tries one way after the other: `(a+)+Z`, or `.?` thirty times and a `Z`,
-on a layer's path never ends. Here Python's parser makes the tree, and a match follows all ways at once: from the set of
-positions where a part may begin to the set where it may end. A path of n characters has n + 1 positions, so the work is
-bounded; a budget of steps, shared by all patterns of one call, bounds what is left. What depends on the order in which `re` tries
-(back-references, atomic groups, possessive repeats) and flags are refused; everything else means what it means in `re`.
+Adapter files come from strangers, and Python's `re` tries one way after the other: `(a+)+Z`, or `.?` thirty times
+and a `Z`, on a layer's path never ends. Here Python's parser makes the tree, and a match follows all ways at once:
+from the set of positions where a part may begin to the set where it may end. A path of n characters has n + 1
+positions, so the work is bounded; a budget of steps, shared by all patterns of one call, bounds what is left. What
+depends on the order in which `re` tries (back-references, atomic groups, possessive repeats) and flags are refused;
+everything else means what it means in `re`.
 """
 
 import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from re import _constants as op
+from re import _constants as op  # ty: ignore[missing-module-member]
 from re import _parser as parser  # ty: ignore[missing-module-member]
 from typing import Any
 
@@ -165,7 +166,7 @@ def compile_safe(pattern: str, budget: Budget) -> Pattern:
     if tree.state.flags & ~re.UNICODE or not _known(tree, MAX_DEPTH):
         raise UsageError(
             f"{pattern[:100]!r} cannot be matched",
-            why=f"it uses flags, a back-reference, an atomic or possessive part, or more than {MAX_DEPTH} levels of brackets",
+            why="it uses flags, a back-reference, an atomic or possessive part, or too many brackets in brackets",
             fix="write it without, or list the layers",
         )
     return Pattern(pattern, tree, budget)

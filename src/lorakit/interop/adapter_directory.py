@@ -1,11 +1,11 @@
-"""An adapter on disk: a PEFT directory that PEFT, vLLM, SGLang and llama.cpp's tools read, and one side file for the rest.
+"""An adapter on disk: a PEFT directory, read by PEFT, vLLM, SGLang and llama.cpp's tools, and a side file for the rest.
 
     adapter_config.json  adapter_model.safetensors        as PEFT writes them
     tokenizer files, chat_template.jinja                   if a tokenizer is given
     lorakit.json                                           what PEFT cannot express; nothing breaks without it
 
-Loading is strict: every tensor is used exactly once, every expected tensor is there, finite and of the right shape; else one
-error lists all problems. Nothing is unpickled, and no path of the machine is written.
+Loading is strict: every tensor is used exactly once, every expected tensor is there, finite and of the right shape;
+else one error lists all problems. Nothing is unpickled, and no path of the machine is written.
 """
 
 import json
@@ -37,7 +37,14 @@ CONFIG, WEIGHTS, SIDE = "adapter_config.json", "adapter_model.safetensors", "lor
 PICKLE = "adapter_model.bin"
 FORMAT = 1
 BASE_WEIGHT = ".base_layer.weight"
-INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+INTEGERS = {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 class Tokenizer(Protocol):
@@ -60,13 +67,15 @@ def save(
 ) -> Path:
     """Write adapter `name` as a PEFT directory, whole or not at all; an adapter that is there is replaced.
 
-    base: what `base_model_name_or_path` is to say (a hub id or a built-in name; of a path only the last component is kept).
+    base: what `base_model_name_or_path` is to say (a hub id or a built-in name; of a path the last component is kept).
     task_type: PEFT's, such as "CAUSAL_LM". extra: more facts for `lorakit.json` (class names, fingerprints).
     Raises UsageError for a directory that holds something else, DivergenceError for NaN or infinity in the adapter.
     """
     require(model, name)
     found = list(_to_save(model, name))
-    tensors = {key: value.detach().cpu().contiguous() for p, layer, a in found for key, value in file_tensors(p, layer, a)}
+    tensors = {
+        key: value.detach().cpu().contiguous() for p, layer, a in found for key, value in file_tensors(p, layer, a)
+    }
     config, side = describe(model, name, base=base, task_type=task_type)
     _check_finite(tensors)
     _check_replaceable(Path(directory))
@@ -82,7 +91,7 @@ def save(
 def describe(
     model: nn.Module, name: str, *, base: str | None = None, task_type: str | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Give the contents of `adapter_config.json` and `lorakit.json` for adapter `name`, from the adapters themselves."""
+    """Give the contents of `adapter_config.json` and `lorakit.json` for adapter `name`, from what is attached."""
     every = [(path, a) for path, _, a in _to_save(model, name)]
     found = {path: a for path, a in every if isinstance(a, AbstractAdapter)}
     replaced = [path for path, a in every if isinstance(a, Replacement)]
@@ -121,13 +130,24 @@ def load(model: nn.Module, directory: str | Path, name: str = "default", *, trai
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise FileError(f"no adapter directory {str(directory)!r}", fix="give the directory that holds adapter_config.json")
+        raise FileError(
+            f"no adapter directory {str(directory)!r}", fix="give the directory that holds adapter_config.json"
+        )
     config = read_json(regular_file(directory, CONFIG))
     side = read_json(regular_file(directory, SIDE)) if os.path.lexists(directory / SIDE) else {}
     if side.get("format", FORMAT) != FORMAT:
-        raise FileError(f"lorakit.json has format {shown(side['format'])}", why=f"this lorakit reads format {FORMAT}", where=str(directory))
+        raise FileError(
+            f"lorakit.json has format {shown(side['format'])}",
+            why=f"this lorakit reads format {FORMAT}",
+            where=str(directory),
+        )
     if (directory / PICKLE).exists() and not (directory / WEIGHTS).exists():
-        raise FileError(f"the adapter is a pickle ({PICKLE})", why="unpickling can run code", fix="save it as safetensors", where=str(directory))
+        raise FileError(
+            f"the adapter is a pickle ({PICKLE})",
+            why="unpickling can run code",
+            fix="save it as safetensors",
+            where=str(directory),
+        )
     weights = regular_file(directory, WEIGHTS)
     header = read_header(weights)
     try:
@@ -137,7 +157,9 @@ def load(model: nn.Module, directory: str | Path, name: str = "default", *, trai
         target = _by_parts(model, target, side.get("parts", {}))
         _check_tensors(header, _expected(model, method, target), weights)
     except UsageError as error:  # what a user would have to change in a configuration is here a property of the file
-        raise FileError(f"the adapter does not fit this model: {error.what}", why=error.why, where=str(directory)) from error
+        raise FileError(
+            f"the adapter does not fit this model: {error.what}", why=error.why, where=str(directory)
+        ) from error
     tensors = read_tensors(weights)
     if {key: tuple(t.shape) for key, t in tensors.items()} != {key: info.shape for key, info in header.items()}:
         raise FileError(f"{weights.name} was changed while it was read", fix="load it again", where=str(weights))
@@ -178,7 +200,9 @@ def _by_parts(model: nn.Module, target: Target, parts: Mapping[str, Mapping[str,
 def _check_ranks(method: Method, target: Target, side: Mapping[str, Any], header: Mapping[str, TensorInfo]) -> None:
     """Raise FileError for a rank that no tensor of the file is large enough for, before anything is built with it."""
     largest = max((size for info in header.values() for size in info.shape), default=0)
-    ranks = [(key, value) for key, value in vars(method).items() if (key == "r" or key.endswith("_r")) and value is not None]
+    ranks = [
+        (key, value) for key, value in vars(method).items() if (key == "r" or key.endswith("_r")) and value is not None
+    ]
     ranks += [("rank_pattern", r) for r in (target.rank_pattern or {}).values()]
     ranks += [("parts", part.get("r") or 0) for its in side.get("parts", {}).values() for part in its.values()]
     wrong = [f"{key} asks for rank {shown(r)}" for key, r in ranks if r > largest]
@@ -203,7 +227,9 @@ def _check_tensors(header: Mapping[str, TensorInfo], expected: Mapping[str, Tens
     missing = [key for key in expected if key not in header]
     extra = [key for key in header if key not in expected and not key.endswith(BASE_WEIGHT)]
     both = [(key, header[key], t) for key, t in expected.items() if key in header]
-    shapes = [f"{key} is {list(info.shape)}, expected {list(t.shape)}" for key, info, t in both if info.shape != t.shape]
+    shapes = [
+        f"{key} is {list(info.shape)}, expected {list(t.shape)}" for key, info, t in both if info.shape != t.shape
+    ]
     kinds = [f"{key} is {info.dtype}" for key, info, t in both if not _may_hold(info.dtype, t)]
     problems = [
         f"{what}: {some([shown(item) for item in items])}"
@@ -216,7 +242,9 @@ def _check_tensors(header: Mapping[str, TensorInfo], expected: Mapping[str, Tens
         if items
     ]
     if problems:
-        count = len({*missing, *extra}) + len({key for key, info, t in both if info.shape != t.shape or not _may_hold(info.dtype, t)})
+        count = len({*missing, *extra}) + len(
+            {key for key, info, t in both if info.shape != t.shape or not _may_hold(info.dtype, t)}
+        )
         raise FileError(
             f"{file.name} and this model do not fit: {count} of {len({*header, *expected})} tensors",
             why="; ".join(problems),
@@ -226,7 +254,7 @@ def _check_tensors(header: Mapping[str, TensorInfo], expected: Mapping[str, Tens
 
 
 def _may_hold(dtype: str, expected: Tensor) -> bool:
-    """Whether a tensor of the file can become this one: floats from floats; a buffer of integers only from the same ones."""
+    """Whether a tensor of the file can become this one: floats from floats, a buffer of integers from the same kind."""
     return dtype in FLOATS if expected.is_floating_point() else INTEGERS.get(dtype) is expected.dtype
 
 
@@ -246,18 +274,24 @@ def _check_replaceable(directory: Path) -> None:
     """Raise UsageError for a directory with other things in it: saving replaces it whole."""
     if directory.is_dir() and not (directory / CONFIG).exists() and any(directory.iterdir()):
         raise UsageError(
-            f"{str(directory)!r} holds something else than an adapter", why="saving replaces the whole directory", fix="give a directory of its own"
+            f"{str(directory)!r} holds something else than an adapter",
+            why="saving replaces the whole directory",
+            fix="give a directory of its own",
         )
 
 
 def _check_values(model: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Raise FileError for NaN or infinity, and for a copy of a base weight (PEFT adds embeddings) that differs from the base."""
+    """Raise FileError for NaN or infinity, and for a copy of a base weight (PEFT adds embeddings) unlike the base's."""
     problems = _not_finite(tensors)
     copies = [key for key in tensors if key.endswith(BASE_WEIGHT)]
     weights = dict(model.named_parameters()) if copies else {}
     for key in copies:
         weight = weights.get(key.removeprefix(PREFIX).removesuffix(BASE_WEIGHT) + ".weight")
-        if weight is None or weight.shape != tensors[key].shape or not torch.equal(weight.cpu(), tensors[key].to(weight.dtype)):
+        if (
+            weight is None
+            or weight.shape != tensors[key].shape
+            or not torch.equal(weight.cpu(), tensors[key].to(weight.dtype))
+        ):
             problems.append(f"{shown(key)} is a base weight that differs from this model's")
     if problems:
         raise FileError(f"{file.name} cannot be used: {some(problems)}", where=str(file))
@@ -266,7 +300,9 @@ def _check_values(model: nn.Module, tensors: Mapping[str, Tensor], file: Path) -
 def _shortest(model: nn.Module, paths: Sequence[str]) -> list[str]:
     """Give last components if they name exactly these layers, else the whole paths."""
     leaves = sorted({path.rpartition(".")[2] for path in paths})
-    named = [p for p, _ in model.named_modules() if p and ".adapters" not in p and any(is_suffix(leaf, p) for leaf in leaves)]
+    named = [
+        p for p, _ in model.named_modules() if p and ".adapters" not in p and any(is_suffix(leaf, p) for leaf in leaves)
+    ]
     return leaves if set(named) == set(paths) else sorted(paths)
 
 
@@ -290,6 +326,6 @@ def _commonest(configs: Iterable[Any]) -> Any:
 
 def _no_path(base: str | None) -> str | None:
     """Keep a hub id or a name; of a path only its last component, for it means nothing on another machine."""
-    if base is None or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) and not Path(base).exists():
+    if base is None or (re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) and not Path(base).exists()):
         return base
     return Path(base).resolve().name

@@ -42,7 +42,7 @@ def _(layer: nn.Embedding, name: str, tensor: Tensor) -> tuple[str, Tensor]:
 
 @_spell.register
 def _(layer: _ConvNd, name: str, tensor: Tensor) -> tuple[str, Tensor]:
-    weight = cast(Tensor, layer.weight)
+    weight = layer.weight
     ones = [1] * (weight.dim() - 2)
     shape = {
         "lora_A.weight": (len(tensor), *weight.shape[1:]),
@@ -105,7 +105,7 @@ def _plain(adapter: nn.Module) -> bool:
 
 
 def pair(adapter: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-    """Give (A, B, s) of a composed adapter: links stacked, the parts of a fused layer block by block at the first one's s."""
+    """Give (A, B, s) of a composed adapter: links stacked, parts of a fused layer block by block at the first one's s."""
     if isinstance(adapter, Chain):
         A, B, scale = pair(adapter.live)
         return torch.cat([A, adapter.frozen_A.detach()]), torch.cat([B, adapter.frozen_B.detach()], dim=1), scale
@@ -137,7 +137,7 @@ def _split(adapter: Parts, A: Tensor, B: Tensor) -> None:
 
 
 def config_in_file(adapter: AbstractAdapter) -> Any:
-    """Give the configuration that the file's tensors of one layer have: the adapter's own, or that of the composed pair."""
+    """Give the configuration that one layer's tensors in the file have: the adapter's own, or that of the composed pair."""
     if not (isinstance(adapter, Parts | Chain) and peft_format(adapter.config) and _plain(adapter)):
         return adapter.config
     first = adapter if isinstance(adapter, Chain) else next(iter(adapter.parts.values()))

@@ -19,11 +19,12 @@ from .read import MAX_TENSORS, SHOWN, shown, some
 # Fields of PEFT that change nothing about what the adapter computes once its tensors are loaded.
 WITHOUT_EFFECT = frozenset(
     "alora_config arrow_config auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config "
-    "fan_in_fan_out inference_mode init_lora_weights kasa_config loftq_config lora_ga_config megatron_config megatron_core "
-    "monteclora_config peft_type peft_version qalora_group_size revision runtime_config task_type velora_config".split()
+    "fan_in_fan_out inference_mode init_lora_weights kasa_config loftq_config lora_ga_config megatron_config "
+    "megatron_core monteclora_config peft_type peft_version qalora_group_size revision runtime_config task_type velora_config".split()
 )
 TARGETING = frozenset(
-    "target_modules exclude_modules layers_to_transform layers_pattern rank_pattern alpha_pattern modules_to_save".split()
+    "target_modules exclude_modules layers_to_transform layers_pattern rank_pattern alpha_pattern "
+    "modules_to_save".split()
 )
 # Starts that leave the difference in the base weights: such a file means nothing on the original base.
 MOVES_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq", "milora")
@@ -54,7 +55,7 @@ class Scaling(BaseModel, strict=True):
 
 
 class Side(BaseModel, strict=True):
-    """The fields of `lorakit.json` that loading reads; `fused` gives sizes of parts, or [start, stop) ranges of their rows."""
+    """The fields of `lorakit.json` that loading reads; `fused`: sizes of parts, or [start, stop) ranges of their rows."""
 
     method: dict[str, Any] = {}
     parts: dict[str, dict[str, Scaling]] = {}
@@ -84,7 +85,7 @@ def write_config(
 ) -> dict[str, Any]:
     """Give the content of `adapter_config.json`. ranks, alphas: of every layer, where the method has them.
 
-    for_peft: the tensors are named as PEFT names them. If not, or if PEFT does not know the method, the `peft_type` is ours.
+    for_peft: the tensors are named as PEFT names them. If not, or if PEFT lacks the method, the `peft_type` is ours.
     """
     form = peft_format(method)
     config: dict[str, Any] = {
@@ -120,12 +121,15 @@ def read_config(config: Mapping[str, Any], side: Mapping[str, Any]) -> tuple[Met
     lost = {k: v for k, v in config.items() if k not in known and v not in (None, False, "none", [], {})}
     if lost:
         listed = some([f"{k}={v!r}"[:60] for k, v in lost.items()])
-        raise FileError(f"the adapter uses settings that lorakit cannot honour: {listed}", fix="convert it with PEFT to a plain adapter")
+        raise FileError(
+            f"the adapter uses settings that lorakit cannot honour: {listed}",
+            fix="convert it with PEFT to a plain adapter",
+        )
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(MOVES_THE_BASE):
         raise FileError(
             f"the adapter was saved unconverted from an {shown(start)} start",
-            why="that start moved part of the base weights into the adapter, so on the original base it means something else",
+            why="that start moved part of the base weights into the adapter: on the original base it means something else",
             fix="save it in PEFT with path_initial_model_for_weight_conversion",
         )
     return method, _target({**config, "rank_pattern": _ranks(config, form)}, side)
@@ -140,7 +144,9 @@ def _ranks(config: Mapping[str, Any], form: PeftFormat | None) -> Any:
     keys = rf"(.+)\.{re.escape(tensor)}(?:\.[\w-]+)?"  # PEFT may leave the adapter's name at the end
     found = {re.fullmatch(keys, key): mask for key, mask in masks.items()} if isinstance(masks, dict) else {None: []}
     if None in found or not all(isinstance(m, list) and all(type(v) is bool for v in m) for m in found.values()):
-        raise FileError(f"adapter_config.json: rank_pattern is {shown(masks)}", fix=f"masks of the rows of {tensor} are expected")
+        raise FileError(
+            f"adapter_config.json: rank_pattern is {shown(masks)}", fix=f"masks of the rows of {tensor} are expected"
+        )
     return {cast(re.Match, match)[1]: sum(mask) for match, mask in found.items()}
 
 
@@ -172,8 +178,14 @@ def _method(config: Mapping[str, Any], side: Mapping[str, Any]) -> Method:
         if "alpha" in vars(method):
             _checked(Scaling, {"alpha": method.alpha}, "adapter_config.json: lora_")
         return method
-    why = f"lorakit.json says that the method is {shown(mine.get('name'))}, adapter_config.json that it is another" if mine else None
-    raise FileError(f"peft_type {shown(kind)} is not a method lorakit knows", why=why, fix=f"known: {', '.join(sorted(METHODS))}")
+    why = (
+        f"lorakit.json says that the method is {shown(mine.get('name'))}, adapter_config.json that it is another"
+        if mine
+        else None
+    )
+    raise FileError(
+        f"peft_type {shown(kind)} is not a method lorakit knows", why=why, fix=f"known: {', '.join(sorted(METHODS))}"
+    )
 
 
 @functools.cache
@@ -217,4 +229,3 @@ def _checked(form: type[BaseModel], content: Mapping[str, Any], where: str) -> N
 def _number(value: Any) -> Any:
     """Write 32.0 as 32: some readers insist on an integer."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
-

@@ -1,4 +1,4 @@
-"""Reading files from strangers: bounded before anything is allocated, regular files only, nothing ever executed or unpickled."""
+"""Reading files from strangers: bounded before anything is allocated, regular files only, nothing executed or unpickled."""
 
 import json
 import math
@@ -57,12 +57,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Read a safetensors header without its data. Raises FileError unless it is whole, within bounds and fits the file's size."""
+    """Read a safetensors header without its data. Raises FileError unless it is whole, bounded and fits the file's size."""
     with path.open("rb") as file:
         size = path.stat().st_size
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(MAX_HEADER, size - 8):
-            raise FileError(f"{path.name} is not a safetensors file", why=f"header of {length} bytes in a file of {size}", where=str(path))
+            raise FileError(
+                f"{path.name} is not a safetensors file",
+                why=f"header of {length} bytes in a file of {size}",
+                where=str(path),
+            )
         raw = file.read(length)
     try:
         header = json.loads(raw, object_pairs_hook=_unique)
@@ -75,7 +79,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     data = sum(math.prod(info.shape) * BYTES[info.dtype] for info in infos.values())
     if data != size - 8 - length:
         raise FileError(
-            f"{path.name} is damaged", why=f"its tensors are {data} bytes, the file has {size - 8 - length} for them", where=str(path)
+            f"{path.name} is damaged",
+            why=f"its tensors are {data} bytes, the file has {size - 8 - length} for them",
+            where=str(path),
         )
     return infos
 

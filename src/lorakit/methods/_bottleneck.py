@@ -36,7 +36,7 @@ def refuse_merging() -> NoReturn:
 
 @final
 class SerialBottleneck(AbstractAdapter):
-    """y + U f(D y + c) + e for the layer's output y: D (m, out), c (m,), U (out, m) and e (out,), the last two zero at the start."""
+    """y + U f(D y + c) + e for the layer's output y: D (m, out), c (m,), U (out, m), e (out,)."""
 
     MERGEABLE: ClassVar[bool] = False
     ROLES: ClassVar[Mapping[str, str]] = {"down": "A", "down_bias": "bias", "up": "B", "up_bias": "bias"}
@@ -49,7 +49,7 @@ class SerialBottleneck(AbstractAdapter):
         self.up, self.up_bias = nn.Parameter(torch.empty(out, size)), nn.Parameter(torch.empty(out))
 
     def start(self, base: Base, statistics: Statistics | None = None) -> None:
-        """Fill D with a normal of standard deviation 0.01 cut at two of them, the rest with zero: the start is the base layer."""
+        """Fill D with a normal of deviation 0.01, cut at two of them, and the rest with zero, which is the base layer."""
         nn.init.trunc_normal_(self.down, std=DOWN_STD, a=-2 * DOWN_STD, b=2 * DOWN_STD)
         for parameter in (self.down_bias, self.up, self.up_bias):
             nn.init.zeros_(parameter)

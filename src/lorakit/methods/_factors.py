@@ -28,7 +28,7 @@ def alpha_or_default(r: int, alpha: float | None) -> float:
 
 
 def scaling(r: int, alpha: float, stabilized: bool) -> Tensor:
-    """Give s: alpha/r, or alpha/sqrt(r). A tensor, for torch.compile guards on floats and would compile again for another."""
+    """Give s: alpha/r, or alpha/sqrt(r). A tensor, for torch.compile would compile again for another float."""
     return torch.tensor(alpha / (math.sqrt(r) if stabilized else r))
 
 

@@ -1,11 +1,12 @@
-"""AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning. Zhang et al. 2023, https://arxiv.org/abs/2303.10512
+"""AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning. Zhang et al. 2023,
+https://arxiv.org/abs/2303.10512
 
     W' = W + s·B·diag(E)·A        A: (r, in)   E: (r, 1) starts at 0   B: (out, r)   s = alpha / (init_r + 1e-5)
 
-The form of a singular value decomposition, kept near one by a penalty that pulls A A^T and B^T B to the identity. While it
-trains, the controller of the same name takes whole triplets (a row of A, an entry of E, a column of B) away from the layers
-that need them least, by setting their entry of E to zero, until target_r per layer are left on average. What is saved are the
-triplets that are left. s stays that of init_r, as in the authors' code and PEFT, and so does its 1e-5.
+The form of a singular value decomposition, kept near one by a penalty that pulls A A^T and B^T B to the identity. While
+it trains, the controller of the same name takes whole triplets (a row of A, an entry of E, a column of B) away from the
+layers that need them least, by setting their entry of E to zero, until target_r per layer are left on average. What is
+saved are the triplets that are left. s stays that of init_r, as in the authors' code and PEFT, and so does its 1e-5.
 
 Departures from the paper: none in the map; those of the budget are in the controller's file.
 """
@@ -73,7 +74,8 @@ class AdaLoRA:
         """Give the same with another number of triplets. Raises UsageError for another alpha."""
         if alpha != self.alpha:
             raise UsageError(
-                "alpha_pattern does not apply to AdaLoRA", why="it compares the scores of all layers, which their scale is part of"
+                "alpha_pattern does not apply to AdaLoRA",
+                why="it compares the scores of all layers, which their scale is part of",
             )
         return replace(self, r=r)
 
@@ -92,7 +94,7 @@ class AdaLoRAAdapter(AdditiveAdapter):
     scale: Tensor
     ranknum: Tensor
     kept: Tensor
-    """Which triplets (r,) the budget leaves: all, until the controller says otherwise, which also keeps this in checkpoints."""
+    """Which triplets (r,) the budget leaves: all, until the controller, whose checkpoint has it, says otherwise."""
 
     def __init__(self, config: AdaLoRA, shape: Shape) -> None:
         super().__init__()

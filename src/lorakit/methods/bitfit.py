@@ -1,11 +1,12 @@
-"""BitFit: Simple Parameter-efficient Fine-tuning. Ben Zaken, Ravfogel and Goldberg 2021, https://arxiv.org/abs/2106.10199
+"""BitFit: Simple Parameter-efficient Fine-tuning. Ben Zaken, Ravfogel and Goldberg 2021,
+https://arxiv.org/abs/2106.10199
 
     b' = b + c        c: (out,) starts at 0; W' = W
 
 Only biases are trained, out numbers a layer. What is learned is the change, so that the base is never touched.
 
-Departures from the paper: it trains every bias of the model, also those of the layer norms; this trains those of the targeted
-layers. To train the norms too, name them in `modules_to_save` (their weights are then trained as well).
+Departures from the paper: it trains every bias of the model, also those of the layer norms; this trains those of the
+targeted layers. To train the norms too, name them in `modules_to_save` (their weights are then trained as well).
 """
 
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from ..core.statistics import Statistics
 
 @dataclass(frozen=True, kw_only=True)
 class BitFit:
-    """There is nothing to set. It wants a learning rate of 1e-4 to 1e-2, and layers that have a bias: BERT's do, Llama's do not."""
+    """There is nothing to set. It wants a learning rate of 1e-4 to 1e-2, and layers that have a bias, as BERT's do."""
 
     def build(self, shape: Shape) -> "BitFitAdapter":
         """Make the adapter of one layer. Raises UsageError if the layer has no bias."""

@@ -2,7 +2,8 @@
 
     W' = diag(m / ‖V‖)·V        V = W + s·B·A   ‖V‖: (out,) norms of the rows   m: (out,) starts at ‖W‖
 
-m learns the length of each row, B A its direction. As in the paper's section 4.3 the norm is a constant to the gradient.
+m learns the length of each row, B A its direction. As in the paper's section 4.3 the norm is a constant to the
+gradient.
 
 The norm is computed from its parts, so that V (out, in) never exists in the forward pass:
 
@@ -10,8 +11,8 @@ The norm is computed from its parts, so that V (out, in) never exists in the for
 
 Of it, W A^T is r numbers a row; ‖W_i‖² is read off W each time rather than kept, so that it is right for any W.
 
-Departures from the paper: none. Dropout is PEFT's: what is dropped is the input of all that the adapter adds, so that in
-training y = W x + (g - 1) W x̃ + g s B A x̃ for g = m / ‖V‖ and x̃ = dropout(x); the authors' code has only A see x̃.
+Departures from the paper: none. Dropout, as in the authors' code and PEFT, is on the input of all that the adapter
+adds: in training y = W x + (g - 1) W x̃ + g s B A x̃ for g = m / ‖V‖ and x̃ = dropout(x), one mask for both as in PEFT.
 """
 
 from collections.abc import Mapping
@@ -56,7 +57,7 @@ class DoRA:
         if starts_off_zero(self.init):
             raise UsageError(
                 f"init {self.init!r} and DoRA do not go together",
-                why="it starts from factors of W that are taken off W again, and DoRA has no place for that second term",
+                why="it starts from factors of W, taken off again by a second term for which DoRA has no place",
                 fix="take an init that starts B at zero, such as kaiming",
             )
 

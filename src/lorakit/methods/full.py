@@ -1,16 +1,18 @@
-"""Full fine-tuning of the targeted matrices: what adapters are measured against. Hu et al. 2021, section 5.1, https://arxiv.org/abs/2106.09685
+"""Full fine-tuning of the targeted matrices: what adapters are measured against. Hu et al. 2021, section 5.1,
+https://arxiv.org/abs/2106.09685
 
     W' = W + D        D: (out, in) starts at 0
 
-Trained is the change D and not a copy of W. So the start is the base model bit for bit, a base in bf16 or 4 bits can be trained
-without losing small steps, and D can be looked at, merged and cut to low rank like any other change. Without weight decay the
-optimizer takes the same steps either way; with it D is pulled to 0, that is W' to W.
+Trained is the change D and not a copy of W. So the start is the base model bit for bit, a base in bf16 or 4 bits can be
+trained without losing small steps, and D can be looked at, merged and cut to low rank like any other change. Without
+weight decay the optimizer takes the same steps either way; with it D is pulled to 0, that is W' to W.
 
-Memory: D is held in fp32, so a trained weight costs 16 bytes beside the base (D 4, its gradient 4, AdamW's two moments 8), and
-a second product of the layer's size in the forward pass. All linear layers of SmolLM2-135M (106 million weights) take 1.7 GB,
-of an 8-billion-parameter model 112 GB. The file has 4 bytes a weight.
+Memory: D is held in fp32, so a trained weight costs 16 bytes beside the base (D 4, its gradient 4, AdamW's two moments
+8), and a second product of the layer's size in the forward pass. All linear layers of SmolLM2-135M (106 million
+weights) take 1.7 GB, of an 8-billion-parameter model 112 GB. The file has 4 bytes a weight.
 
-Departures from the paper: biases, norms and the layers not targeted stay frozen. `modules_to_save` trains a module whole.
+Departures from the paper: biases, norms and the layers not targeted stay frozen. `modules_to_save` trains a module
+whole.
 """
 
 from collections.abc import Mapping

@@ -2,8 +2,8 @@
 
     y' = y + U·f(D·y + c) + e        y = W x + b: the layer's output   D: (m, out)   U: (out, m)   c: (m,)   e: (out,)
 
-The paper puts one after each of a block's two projections back to the model's width, before the residual is added. So target
-exactly these:
+The paper puts one after each of a block's two projections back to the model's width, before the residual is added. So
+target exactly these:
 
     BERT      target_modules=["attention.output.dense", "output.dense"]
     Llama     target_modules=["o_proj", "down_proj"]
@@ -12,8 +12,9 @@ exactly these:
 and, as the paper does, train the layer norms: modules_to_save=["LayerNorm"] (BERT), ["input_layernorm",
 "post_attention_layernorm"] (Llama), ["ln_1", "ln_2"] (GPT-2).
 
-Departures from the paper: U and e start at zero instead of near it, so that the start is the base model to the last bit. There
-is a nonlinearity between D and U, so it cannot be merged, and costs two more products per layer at inference.
+Departures from the paper: U and e start at zero instead of near it, so that the start is the base model to the last
+bit. There is a nonlinearity between D and U, so it cannot be merged, and costs two more products per layer at
+inference.
 """
 
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from ._bottleneck import Activation, SerialBottleneck, check
 
 @dataclass(frozen=True, kw_only=True)
 class Houlsby:
-    """A bottleneck after the layer; for the paper's placement target the last layers of attention and feed-forward network.
+    """A bottleneck after the layer; the paper's are after the last layers of attention and feed-forward network.
 
     bottleneck: width m
     activation: nonlinearity f

@@ -79,7 +79,9 @@ class LoRAAdapter(AdditiveAdapter):
     def start(self, base: Base, statistics: Statistics | None = None) -> None:
         """Fill A and B by the init."""
         scale = float(self.scale)
-        start(self.lora_A, self.lora_B, self.config.init, base, scale=scale, one_hot=self.one_hot, statistics=statistics)
+        start(
+            self.lora_A, self.lora_B, self.config.init, base, scale=scale, one_hot=self.one_hot, statistics=statistics
+        )
 
     def delta_weight(self) -> Tensor:
         """Give s·B·A."""

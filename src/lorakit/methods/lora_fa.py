@@ -2,12 +2,14 @@
 
     W' = W + s·B·A        A: (r, in) random, frozen   B: (out, r) zero, trained   s = alpha/r, or alpha/sqrt(r)
 
-The gradient of B is G' s (A x)^T: of the input, only A x (r numbers a token) has to be kept for it. Autograd keeps the input
-of a linear map for the gradient of its matrix and for nothing else, so that with A frozen x is kept neither for A nor for W,
-and no function of our own is needed (a convolution keeps its input also for a frozen kernel: there only A's state is saved).
+The gradient of B is G' s (A x)^T: of the input, only A x (r numbers a token) has to be kept for it. Autograd keeps the
+input of a linear map for the gradient of its matrix and for nothing else, so that with A frozen x is kept neither for A
+nor for W, and no function of our own is needed (a convolution keeps its input also for a frozen kernel: there only A's
+state is saved).
 
-Departures from the paper: none in the map. There is no dropout, whose mask is as large as the input that need not be kept.
-An embedding starts with A random too, of variance 1/r, for LoRA's start there (A zero) would leave a frozen A at nothing.
+Departures from the paper: none in the map. There is no dropout, whose mask is as large as the input that need not be
+kept. An embedding starts with A random too, of variance 1/r, for LoRA's start there (A zero) would leave a frozen A at
+nothing.
 """
 
 from collections.abc import Mapping
@@ -26,7 +28,7 @@ from ._factors import alpha_or_default, check, factors, scaling, start, starts_o
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAFA:
-    """LoRA with A frozen. The row space of the change is A's for good, so it wants a higher rank or learning rate than LoRA.
+    """LoRA with A frozen. The change keeps A's row space, so it wants a higher rank or learning rate than LoRA.
 
     r: rank
     alpha: scale, 2r if not given

@@ -2,15 +2,15 @@
 
     y' = W x + b + s·(U·f(D·x + c) + e)        D: (m, in)   U: (out, m)   c: (m,)   e: (out,)   s: scale (1: not scaled)
 
-Like LoRA it reads the layer's input, with a nonlinearity in between. The paper puts it beside the whole feed-forward network
-(from its input to its output), which is more than one layer. Beside one linear layer the nearest placements are
+Like LoRA it reads the layer's input, with a nonlinearity in between. The paper puts it beside the whole feed-forward
+network (from its input to its output), which is more than one layer. Beside one linear layer the nearest placements are
 
     the feed-forward network's second layer   BERT "output.dense", Llama "down_proj", GPT-2 "mlp.c_proj"
     its first layer                           BERT "intermediate.dense", Llama "up_proj", GPT-2 "mlp.c_fc"
     attention (the paper's other variant)     BERT "attention.output.dense", Llama "o_proj", GPT-2 "attn.c_proj"
 
-Departures from the paper: the placement, as said. D starts Kaiming-uniform and U at zero as there, so the start is the base
-model to the last bit. It cannot be merged (there is a nonlinearity in it).
+Departures from the paper: the placement, as said. D starts Kaiming-uniform and U at zero as there, so the start is the
+base model to the last bit. It cannot be merged (there is a nonlinearity in it).
 """
 
 import math
@@ -62,7 +62,10 @@ class ParallelAdapter(AbstractAdapter):
         super().__init__()
         self.config, self.activation, m = config, ACTIVATIONS[config.activation], config.bottleneck
         self.down, self.down_bias = nn.Parameter(torch.empty(m, shape.in_features)), nn.Parameter(torch.empty(m))
-        self.up, self.up_bias = nn.Parameter(torch.empty(shape.out_features, m)), nn.Parameter(torch.empty(shape.out_features))
+        self.up, self.up_bias = (
+            nn.Parameter(torch.empty(shape.out_features, m)),
+            nn.Parameter(torch.empty(shape.out_features)),
+        )
         self.register_buffer("scale", torch.tensor(config.scale), persistent=False)
 
     def start(self, base: Base, statistics: Statistics | None = None) -> None:

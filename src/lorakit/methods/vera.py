@@ -2,10 +2,12 @@
 
     W' = W + diag(b)·B·diag(d)·A        A: (r, in)   B: (out, r)   d: (r,) starts at 0.1   b: (out,) starts at 0
 
-A and B are random, frozen and the same for every layer: one pair of the largest shapes is made from a seed (as PEFT makes it,
-bit for bit), and a layer of another shape uses its first columns and rows. Only b and d are trained, out + r numbers a layer.
+A and B are random, frozen and the same for every layer: one pair of the largest shapes is made from a seed (as PEFT
+makes it, bit for bit), and a layer of another shape uses its first columns and rows. Only b and d are trained, out + r
+numbers a layer.
 
-Departures from the paper: none. The parts of a fused projection and embeddings share the pair too, which PEFT does not do.
+Departures from the paper: none. The parts of a fused projection and embeddings share the pair too, which PEFT does not
+do.
 """
 
 import math
@@ -57,7 +59,9 @@ class VeRA:
         if not 0 <= self.dropout < 1:
             raise UsageError(f"dropout must be in [0, 1), not {self.dropout}")
         if not math.isfinite(self.d_initial) or self.d_initial == 0:
-            raise UsageError(f"d_initial must be a number other than 0, not {self.d_initial}", why="b gets no gradient where d is 0")
+            raise UsageError(
+                f"d_initial must be a number other than 0, not {self.d_initial}", why="b gets no gradient where d is 0"
+            )
         if not -(2**63) <= self.projection_prng_key < 2**64:
             raise UsageError(f"projection_prng_key must be a 64-bit integer, not {self.projection_prng_key}")
 
@@ -86,7 +90,7 @@ class SharedVeRA:
 
 @final
 class Projections(nn.Module):
-    """A and B. A module, so that `to` moves them once for all the layers that hold it; not in the state dict, being made from a seed."""
+    """A and B. A module, so that `to` moves them once for all layers. Not in the state dict: a seed makes them."""
 
     vera_A: Tensor
     vera_B: Tensor

@@ -34,6 +34,9 @@ def check_directory(path: Path) -> None:
             why="it holds adapter_config.json",
             fix="give the base model here and the adapter where an adapter is asked for",
         )
+    for file in path.glob("*.json"):
+        if file.stat().st_size > _MAX_JSON:
+            raise FileError(f"{file.name} is larger than {_MAX_JSON >> 20} MB", where=str(file))
     read_json(path / "config.json")
     tensors(path)
 
@@ -41,9 +44,7 @@ def check_directory(path: Path) -> None:
 def read_json(path: Path) -> dict:
     """The JSON object in `path`; FileError when it is missing, too large or not an object."""
     try:
-        if path.stat().st_size > _MAX_JSON:
-            raise FileError(f"{path.name} is larger than {_MAX_JSON >> 20} MB", where=str(path))
-        if not path.is_file():  # a pipe or a device would block the read
+        if path.exists() and not path.is_file():  # a pipe or a device would block the read
             raise FileError(f"{path.name} is not a regular file", where=str(path))
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -1,6 +1,6 @@
 """Write text with a model: many prompts at once, or one answer piece by piece."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -176,7 +176,7 @@ def _inputs(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", rows
 @contextmanager
 def _writing(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", ends: set[int], max_tokens: int
-) -> Iterator["GenerationConfig"]:
+) -> Generator["GenerationConfig"]:
     """Evaluation mode, and settings of ours alone: a model's file may ask for sampling, penalties, even remote code."""
     from transformers import GenerationConfig
 

@@ -60,7 +60,9 @@ class Mask:
         return self._whole[0]
 
     def document(self, start: int, length: int) -> Pattern:
-        """The pattern inside the document at `start`."""
+        """The pattern inside the document at `start`. UsageError if the caller also masked tokens."""
+        if self._arguments.get("attention_mask") is not None:
+            raise UsageError("packed documents have no padding to mask", fix="leave attention_mask out, or lengths")
         if (start, length) not in self._documents:
             self._documents[start, length] = self._look(start, length)
         return self._documents[start, length]

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..bases import maker
 from ..core.adapter import Method, Ranked
@@ -89,7 +89,8 @@ def stored_bytes(model: nn.Module) -> int:
 def saved_bytes(model: nn.Module, name: str, modules_to_save: list[str] | None = None) -> int:
     """Give the bytes that `quantize` would save on a model that may be a skeleton without data."""
     layers = linear_layers(model, modules_to_save)
-    return sum(layer.weight.nbytes - bytes_when_stored(layer.weight.shape, name) for _, layer in layers)
+    weights = [cast(Tensor, layer.weight) for _, layer in layers]
+    return sum(weight.nbytes - bytes_when_stored(weight.shape, name) for weight in weights)
 
 
 def bytes_when_stored(shape: torch.Size, name: str) -> int:
@@ -123,7 +124,7 @@ def _as_linear(layer: nn.Module) -> nn.Linear:
     mixin = cast(type[Kind], kind(layer))
     if not issubclass(mixin, Conv1DKind):
         raise UsageError(f"a {type(layer).__name__} cannot be quantized")
-    matrix = mixin.matrix(cast(Kind, layer)).contiguous()
+    matrix = mixin.matrix(cast(Conv1DKind, layer)).contiguous()
     plain = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta")
     plain.weight = nn.Parameter(matrix, requires_grad=False)
     plain.bias = cast(nn.Parameter, layer.bias)

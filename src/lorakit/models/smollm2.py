@@ -5,6 +5,7 @@ rotary embedding. Undone here: blocks to bfloat16, names and row order to those 
 config.json and tokenizer.json.
 """
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,7 @@ def _added(token: str) -> dict[str, Any]:
 def _write_weights(reader: Any, meta: dict[str, Any], file: Path) -> None:
     import torch
     from gguf.quants import dequantize
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     heads = {"attn_q": meta["llama.attention.head_count"], "attn_k": meta["llama.attention.head_count_kv"]}
@@ -190,7 +192,11 @@ def _write_weights(reader: Any, meta: dict[str, Any], file: Path) -> None:
             weight = _original_rows(weight, heads[leaf])
         prefix = f"model.layers.{block}." if block else ""
         weights[f"{prefix}{_MODULES[leaf]}.weight"] = weight.to(torch.bfloat16).contiguous()
-    save_file(weights, file, metadata={"format": "pt"})
+    try:
+        save_file(weights, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # its writer wraps the system's error in one of its own
+        full = f"os error {errno.ENOSPC}" in str(error)
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from error
 
 
 def _original_rows(weight: Any, heads: int) -> Any:

@@ -47,7 +47,9 @@ def place_of(path: Path | str, key: str) -> str | None:
     """Give `file:line` of the first key of this name in a configuration file, in whatever section; None if it has none."""
     root, _ = parse(Path(path).read_text("utf-8-sig"), str(path))
     sections = [root, *root.value.values()]
-    return next((node.value[key].where for node in sections if isinstance(node.value, dict) and key in node.value), None)
+    return next(
+        (node.value[key].where for node in sections if isinstance(node.value, dict) and key in node.value), None
+    )
 
 
 def loads(text: str, overrides: Sequence[str] = (), name: str = "config") -> tuple[RunConfig, list[str]]:

@@ -1,9 +1,12 @@
 """Whether every adapted layer has learned anything, asked before an adapter is called done."""
 
+from pathlib import Path
+
 from torch import nn
 
 from ..core.attach import adapters
 from ..core.chain import Chain
+from ..core.errors import CheckError
 
 
 def untrained_layers(model: nn.Module, name: str) -> list[str]:
@@ -20,3 +23,15 @@ def untrained_layers(model: nn.Module, name: str) -> list[str]:
             if role in ("A", "B") and id(p) not in linked and not p.count_nonzero():
                 found.append(path)
     return found
+
+
+def require_learned(model: nn.Module, name: str, saved: Path) -> None:
+    """Raise CheckError if a layer's adapter changes nothing; it has been saved all the same."""
+    idle = untrained_layers(model, name)
+    if idle:
+        raise CheckError(
+            f"{len(idle)} adapted layers did not learn: {', '.join(idle[:5])}",
+            why="a factor that starts at zero is still zero there, so the adapter changes nothing",
+            fix="train longer, raise optim.lr, or leave these layers out with exclude_modules",
+            where=str(saved),
+        )

@@ -181,7 +181,10 @@ def check_finite(job: Job, state: State, loss: float, norm: float, batches: Sequ
     lost = loss > max(0.98 * job.task.worst, 3 * state.first_loss)
     state.divergent = state.divergent + 1 if lost else 0
     if state.divergent >= PATIENCE_FOR_DIVERGENCE:
-        why = f"for {state.divergent} steps it has been no better than a uniform guess ({job.task.worst:.4g}); it began at {state.first_loss:.4g}"
+        why = (
+            f"for {state.divergent} steps it has been no better than a uniform guess ({job.task.worst:.4g}); "
+            f"it began at {state.first_loss:.4g}"
+        )
         raise DivergenceError(
             f"the loss is {loss:.4g} at step {state.step + 1}: the run has diverged", why=why, fix=fix, where=where
         )

@@ -1,75 +1,25 @@
-"""A training run from configuration to adapter: directory, data, model, adapter, loop, proofs. Each function is one stage."""
+"""A training run from configuration to adapter: here what comes before anything is attached; then `session.py`, `loop.py`."""
 
-import tempfile
 import traceback
-from collections.abc import Generator, Mapping
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from hashlib import sha256
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from ..core.adapter import Method
-from ..core.attach import adapters, names
-from ..core.errors import CheckError, FileError, UsageError
 from ..core.files import RunLock
-from ..core.statistics import Statistics
-from ..core.summary import Summary, summary
-from ..core.target import Target
 from ..data.dataset import Dataset
 from ..data.encode import encode, find_task
 from ..data.holdout import read_train_valid
 from ..data.rows import Rows
-from ..interop.adapter_directory import save as save_adapter
-from ..interop.read import read_tensors
-from ..models.directory import fingerprint
-from ..models.generate import generate
-from ..models.modes import checkpoint_activations
-from ..models.packing import enable_packing
-from ..models.quantize import stored_bytes
-from ..optim import OPTIMIZERS, parameter_groups, schedule
-from ..optim.schedules import warmup_steps
-from .adapter_state import restore_adapter
-from .base import Base, load_base, with_head
-from .checkpoint import latest, steps
-from .checkpoint import load as load_checkpoint
-from .config import RunConfig, as_tree
-from .config_file import dump
-from .controllers import CONTROLLERS, Controller, Nothing, Run
-from .learned import untrained_layers
-from .loop import Job, State, fit, restore
+from .base import Base, load_base
+from .config import RunConfig
 from .progress import Progress
-from .records import Records
 from .run_directory import RunDirectory
-from .start import calibration_batches, measure, measures, restart, start
-from .steps import Steps
-from .stop import StopRequest, listen
-from .task import Classification, LanguageModelling, Task
+from .session import RunResult, Session
+from .stop import listen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-ADAPTER = "default"
-PEFT_TASK = {"sft": "CAUSAL_LM", "completion": "CAUSAL_LM", "classification": "SEQ_CLS"}
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a run came to. `loss` is that of the last step, `checks` the proofs in words."""
-
-    directory: Path
-    adapter: Path
-    steps: int
-    loss: float | None
-    evaluation: dict[str, float]
-    summary: Summary
-    seconds: float
-    resumed_from: int | None
-    checks: list[str]
 
 
 def run(
@@ -97,7 +47,7 @@ def run(
         data, held_out = _encode(config, task, base, train, valid)
         config = replace(config, train=replace(config.train, task=task, max_length=data.max_length))
         directory.claim(config)
-        with _Session(config, directory, base, data, held_out, stop, progress) as session:
+        with Session(config, directory, base, data, held_out, stop, progress) as session:
             return session.run()
 
 
@@ -117,264 +67,9 @@ def _encode(
     settings: dict[str, Any] = {"task": task, "format": config.data.format, "skip_bad_rows": config.data.skip_bad_rows}
     settings["model_limit"] = base.model.config.get_text_config().to_dict().get("max_position_embeddings")
     if task == "classification":
-        settings["labels"] = [base.model.config.id2label[i] for i in range(base.model.config.num_labels)]
+        names: Any = base.model.config.id2label
+        settings["labels"] = [names[i] for i in sorted(names)]
     data = encode(train, base.tokenizer, max_length=config.train.max_length, **settings)
     if valid is None:
         return data, None
     return data, encode(valid, base.tokenizer, max_length=data.max_length, **settings)
-
-
-class _Found(NamedTuple):
-    """What a checkpoint holds."""
-
-    tensors: dict[str, dict[str, Tensor]]
-    state: dict[str, Any]
-
-
-class _Session:
-    """One run with everything loaded: attaches, trains, proves, saves."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        directory: RunDirectory,
-        base: Base,
-        data: Dataset,
-        valid: Dataset | None,
-        stop: StopRequest,
-        progress: Progress | None,
-    ) -> None:
-        self.config, self.directory, self.base, self.data, self.valid = config, directory, base, data, valid
-        self.stop, self.checks = stop, list[str]()
-        lengths = data.lengths
-        train = config.train
-        self.steps = Steps(
-            lengths,
-            seed=train.seed,
-            batch_size=train.batch_size,
-            batch_tokens=train.batch_tokens,
-            accumulate=train.accumulate,
-            epochs=train.epochs,
-            max_steps=train.max_steps,
-        )
-        self.progress = progress or Progress(self.steps.total)
-        self.progress.total = self.steps.total
-
-    def __enter__(self) -> "_Session":
-        """Start."""
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Give the terminal back."""
-        self.progress.close()
-
-    def run(self) -> RunResult:
-        """Go through the stages."""
-        found = self._checkpoint()
-        self._attach(found)
-        before = State(**found.state["state"]) if found else State()
-        with closing(self._records(before)) as records:
-            job = self._job(records)
-            state = restore(job, found.tensors, found.state) if found else before
-            if found:
-                loss = f", loss {state.last_loss:.4f}" if state.last_loss is not None else ""
-                self.say(f"resumed at step {state.step} of {job.steps.total}{loss}")
-            fit(job, state)
-        self._take_best(job, state)
-        self._finish()
-        return RunResult(
-            self.directory.path,
-            self.directory.adapter,
-            state.step,
-            state.last_loss,
-            state.evaluation,
-            summary(self.base.model, ADAPTER),
-            state.seconds,
-            before.step if found else None,
-            self.checks,
-        )
-
-    def say(self, text: str) -> None:
-        """Tell the user, and keep it."""
-        self.progress.message(text)
-        self.directory.note(text)
-
-    def proved(self, text: str) -> None:
-        """Tell the user of a check that held."""
-        self.checks.append(text)
-        self.say(f"✓ {text}")
-
-    def _attach(self, found: "_Found | None") -> None:
-        model, method = self.base.model, self.config.method.config
-        target = with_head(self.config.method.target, self.base.head)
-        if names(model):
-            raise UsageError(f"the model carries adapters already: {', '.join(names(model))}", fix="lk.detach(model) first")
-        if self.config.model.quantize:
-            self.say(f"the base is stored as {self.config.model.quantize}: {stored_bytes(model) / 1e6:.1f} MB")
-        torch.manual_seed(self.config.train.seed)
-        if found:
-            restart(model, method, target, ADAPTER, found.tensors["adapter"].items())
-        else:
-            start(model, method, target, ADAPTER, self._statistics(method, target))
-        if self.config.train.checkpointing:
-            checkpoint_activations(model)
-        self.say(str(summary(model, ADAPTER)))
-        for notice in self.data.stats.notices:
-            self.say(f"data: {notice}")
-        self.proved(f"every target matched: {sum(1 for _ in adapters(model, ADAPTER))} layers carry an adapter")
-        if self.data.facts.every_row_trained:
-            stats = self.data.stats
-            share = f", {stats.trained_tokens / stats.tokens:.0%} of the tokens" if stats.trained_tokens else ""
-            self.proved(f"every one of {stats.kept} rows has something to train on{share}")
-        if self.data.facts.ends_with_end_token:
-            self.proved(f"each row ends with {self.data.facts.end_token}")
-
-    def _statistics(self, method: Method, target: Target) -> Mapping[str, Statistics]:
-        """Give what the adapters' start has to know of the layers: what quantization took, or what the data shows."""
-        if not measures(method):
-            return self.base.lost
-        batches = calibration_batches(self._task, self.data.examples, self.steps)
-        self.say(f"measuring the layers on {sum(map(len, batches))} rows for the adapter's start")
-        return measure(self.base.model, method, target, self._task, batches)
-
-    @cached_property
-    def _task(self) -> Task:
-        model, tokenizer = self.base.model, self.base.tokenizer
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        if self.config.train.task == "classification":
-            return Classification(model.config.num_labels, pad)
-        packed = enable_packing(model)
-        self.say("rows are packed without padding" if packed else "this model cannot pack rows; they are padded")
-        return LanguageModelling(model.config.get_text_config().vocab_size, pad, packed=packed)
-
-    def _records(self, before: State) -> Records:
-        return Records(
-            self.directory.path,
-            self.progress,
-            track=self.config.train.track,
-            config=as_tree(self.config),
-            resume_step=before.step,
-        )
-
-    def _job(self, records: Records) -> Job:
-        config, options = self.config, self.config.train
-        controller = self._controller()
-        groups = parameter_groups(self.base.model, ADAPTER, config.optim)
-        return Job(
-            model=self.base.model,
-            adapter=ADAPTER,
-            task=self._task,
-            examples=self.data.examples,
-            valid=self.valid.examples if self.valid else [],
-            steps=self.steps,
-            optimizer=OPTIMIZERS[config.optim.name](groups, config.optim),
-            controller=controller,
-            clip=config.optim.clip,
-            seed=options.seed,
-            eval_steps=options.eval_steps,
-            save_steps=options.save_steps,
-            keep_checkpoints=options.keep_checkpoints,
-            patience=config.eval.patience,
-            load_best=config.eval.load_best,
-            directory=self.directory.path,
-            config_hash=sha256(dump(config).encode()).hexdigest()[:16],
-            identity=self._identity,
-            records=records,
-            stop=self.stop,
-            sample=partial(self._sample, records),
-            first_step=self._prove_saving,
-        )
-
-    def _controller(self) -> Controller:
-        """Start the configured controller, or the one that the method brings along."""
-        optim, chosen = self.config.optim, self.config.train.controller
-        around = Run(
-            self.base.model,
-            ADAPTER,
-            self.steps.total,
-            schedule(optim.schedule, self.steps.total, optim.warmup),
-            warmup_steps(self.steps.total, optim.warmup),
-            self.config.train.seed,
-        )
-        if isinstance(chosen, Mapping):
-            settings = {key: value for key, value in chosen.items() if key != "name"}
-            return CONTROLLERS[chosen["name"]](**settings).start(around)
-        brought = [n for n in CONTROLLERS if vars(CONTROLLERS.module(n)).get("METHOD_NAME") == self.config.method.name]
-        return CONTROLLERS[brought[0]]().start(around) if brought else Nothing(around)
-
-    @cached_property
-    def _identity(self) -> dict[str, str | None]:
-        """Fingerprints of what a checkpoint belongs to."""
-        base = fingerprint(self.base.path) if self.base.path else None
-        return {"data": self.data.fingerprint, "validation data": self.valid and self.valid.fingerprint, "base": base}
-
-    def _checkpoint(self) -> "_Found | None":
-        """Read the newest whole checkpoint, if there is any, and see that it belongs to this data and base."""
-        newest = latest(self.directory.checkpoints)
-        if newest is None:
-            if steps(self.directory.checkpoints):
-                raise FileError(f"no checkpoint in {self.directory.checkpoints} is whole", fix="give --overwrite to start again")
-            return None
-        tensors, state = load_checkpoint(newest.path)
-        changed = [what for what, value in self._identity.items() if state["identity"].get(what) != value]
-        if changed:
-            raise UsageError(
-                f"the run cannot be resumed: the {' and the '.join(changed)} changed since it was started",
-                fix="put the old files back, choose another output, or give --overwrite",
-                where=str(newest.path),
-            )
-        return _Found(tensors, state)
-
-    def _take_best(self, job: Job, state: State) -> None:
-        if self.config.eval.load_best and state.best_step not in (None, state.step):
-            tensors, saved = load_checkpoint(steps(self.directory.checkpoints)[state.best_step])
-            job.controller.restore(tensors["controller"], saved["controller"])
-            restore_adapter(self.base.model, ADAPTER, tensors["adapter"])
-            self.say(f"took the adapter of step {state.best_step}, which had the lowest validation loss")
-
-    def _sample(self, records: Records, step: int) -> None:
-        """Answer the fixed prompts."""
-        prompts = list(self.config.eval.prompts)
-        if prompts:
-            texts = generate(self.base.model, self.base.tokenizer, prompts, max_tokens=self.config.eval.max_tokens)
-            for prompt, text in zip(prompts, texts, strict=True):
-                records.sample(step, prompt, text)
-
-    def _save(self, directory: Path) -> None:
-        name = self.config.model.name
-        base = {"name": name if self.base.path is None or not Path(name).exists() else Path(name).resolve().name}
-        extra = {
-            "base": {**base, "quantize": self.config.model.quantize, "fingerprint": self._identity["base"]},
-            "task": self.config.train.task,
-            "labels": self.data.labels,
-            "template": self.data.facts.template,
-            "prompt_format": self.data.prompt_format,
-            "max_length": self.data.max_length,
-        }
-        task = PEFT_TASK[str(self.config.train.task)]
-        save_adapter(
-            self.base.model, directory, ADAPTER, base=name, tokenizer=self.base.tokenizer, task_type=task, extra=extra
-        )
-
-    def _prove_saving(self) -> None:
-        """Find errors of saving after the first step, not after the last."""
-        with tempfile.TemporaryDirectory(dir=self.directory.path, prefix=".lorakit-first-step-") as scratch:
-            self._save(Path(scratch) / "adapter")
-            count = len(read_tensors(Path(scratch) / "adapter" / "adapter_model.safetensors"))
-        self.proved(f"a test save after step 1 opens again: {count} tensors")
-
-    def _finish(self) -> None:
-        """Save the adapter and prove that it holds what was trained."""
-        dead = untrained_layers(self.base.model, ADAPTER)
-        self._save(self.directory.adapter)
-        file = self.directory.adapter / "adapter_model.safetensors"
-        count = len(read_tensors(file))
-        if dead:
-            raise CheckError(
-                f"{len(dead)} adapted layers did not learn: {', '.join(dead[:5])}",
-                why="a factor that starts at zero is still zero there, so the adapter changes nothing",
-                fix="train longer, raise optim.lr, or leave these layers out with exclude_modules",
-                where=str(self.directory.adapter),
-            )
-        self.proved("every adapted layer has learned: no factor is still zero")
-        self.proved(f"the adapter opens again: {count} tensors, {file.stat().st_size / 1e6:.1f} MB, {self.directory.adapter}")

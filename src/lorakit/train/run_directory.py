@@ -16,8 +16,8 @@ import torch
 
 from ..core.errors import FileError, UsageError
 from ..core.files import LOCK, atomic_write
-from .config import RunConfig
 from .checkpoint import steps
+from .config import RunConfig
 from .config_check import resume_conflicts
 from .config_file import dump, load
 

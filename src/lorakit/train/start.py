@@ -62,7 +62,9 @@ def start(
     return attach(model, method, name=name, statistics=statistics, **vars(target))
 
 
-def restart(model: nn.Module, method: Method, target: Target, name: str, tensors: Iterable[tuple[str, Tensor]]) -> nn.Module:
+def restart(
+    model: nn.Module, method: Method, target: Target, name: str, tensors: Iterable[tuple[str, Tensor]]
+) -> nn.Module:
     """Attach adapter `name` in the shape of a checkpoint's tensors, which are yet to be copied. Nothing is measured again."""
     if not needs(method):
         return attach(model, method, name=name, **vars(target))
@@ -75,7 +77,9 @@ def restart(model: nn.Module, method: Method, target: Target, name: str, tensors
 
 def with_ranks(sites: Mapping[str, tuple[str, Ranked]], target: Target, ranks: Mapping[str, int]) -> Target:
     """Give `target` with these ranks, alpha scaled so that s stays, and without the layers of rank 0."""
-    kept = sorted((site for site, r in ranks.items() if r), key=len, reverse=True)  # a pattern is a suffix: longest first
+    kept = sorted(
+        (site for site, r in ranks.items() if r), key=len, reverse=True
+    )  # a pattern is a suffix: longest first
     alphas = {site: _alpha(sites[site][1], ranks[site]) for site in kept}
     return replace(
         target,
@@ -99,7 +103,9 @@ def _alpha(method: Ranked, r: int) -> float | None:
 def _ranked(model: nn.Module, method: Method, target: Target) -> dict[str, tuple[str, Ranked]]:
     """Give site -> (layer path, its method) of the layers and parts that `target` names."""
     spots = places(model, method, target)
-    return {s.name: (spot.path, cast(Ranked, m)) for spot in spots for s, m in zip(spot.sites, spot.methods, strict=True)}
+    return {
+        s.name: (spot.path, cast(Ranked, m)) for spot in spots for s, m in zip(spot.sites, spot.methods, strict=True)
+    }
 
 
 def _ranks_in(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
@@ -111,4 +117,3 @@ def _ranks_in(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
         if leaf == "lora_A":
             found[".".join([path, *parts[1:2]])] = len(tensor)
     return found
-

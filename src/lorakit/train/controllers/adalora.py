@@ -1,18 +1,20 @@
-"""AdaLoRA's budget: which triplets of which layers are worth their parameters. Zhang et al. 2023, https://arxiv.org/abs/2303.10512
+"""AdaLoRA's budget: which triplets of which layers are worth their parameters. Zhang et al. 2023,
+https://arxiv.org/abs/2303.10512
 
-After each update (t counts updates from 1) every weight p with gradient g gets a sensitivity, smoothed, and its uncertainty:
+After each update (t counts updates from 1) every weight p with gradient g gets a sensitivity, smoothed, and its
+uncertainty:
 
     I = |p g|    Ī = β1 Ī + (1-β1) I    U = β2 U + (1-β2) |I - Ī|    s = Ī U
 
-A triplet's score is s of its entry of E plus the means of s over its row of A and its column of B. Of all triplets of all
-layers only the budget b(t) best keep their entry of E; the others are set to zero, and may come back until the end:
+A triplet's score is s of its entry of E plus the means of s over its row of A and its column of B. Of all triplets of
+all layers only the budget b(t) best keep their entry of E; the others are set to zero, and may come back until the end:
 
-    b(t) = b0 up to tinit, then bT + (b0 - bT) (1 - (t - tinit) / (T - tfinal - tinit))³, and bT for the last tfinal steps
+    b(t) = b0 up to tinit, then bT + (b0 - bT) (1 - (t - tinit) / (T - tfinal - tinit))³, and bT in the last tfinal
 
-Departures from the paper, all but the ties as in the authors' code: the penalty is the mean of ‖A A^T - I‖_F and ‖B^T B - I‖_F
-over all matrices, not squared. The schedule's fraction is the one above (the paper prints another numerator). The last choice
-is made at T - tfinal and kept. Equal scores are shared out between the layers; a threshold would take all of them or none.
-The gradients are those of the update, after clipping, and include the penalty's.
+Departures from the paper, all but the ties as in the authors' code: the penalty is the mean of ‖A A^T - I‖_F and ‖B^T B
+- I‖_F over all matrices, not squared. The schedule's fraction is the one above (the paper prints another numerator).
+The last choice is made at T - tfinal and kept. Equal scores are shared out between the layers; a threshold would take
+all of them or none. The gradients are those of the update, after clipping, and include the penalty's.
 """
 
 from collections.abc import Iterator, Mapping
@@ -51,7 +53,11 @@ class AdaLoRASettings:
     orth_reg_weight: float = 0.1
 
     def __post_init__(self) -> None:
-        for name, value in {"tinit": self.tinit, "tfinal": self.tfinal, "orth_reg_weight": self.orth_reg_weight}.items():
+        for name, value in {
+            "tinit": self.tinit,
+            "tfinal": self.tfinal,
+            "orth_reg_weight": self.orth_reg_weight,
+        }.items():
             if not 0 <= value < float("inf"):
                 raise UsageError(f"{name} must not be negative, but is {value}")
         for name, value in {"beta1": self.beta1, "beta2": self.beta2}.items():
@@ -87,11 +93,15 @@ class AdaLoRABudget:
         self.settings, self.total, self.schedule = settings, run.total, run.schedule
         self.layers = dict(_layers(run))
         if not self.layers:
-            raise UsageError("the controller adalora has nothing to prune", fix="take the method adalora, or leave the controller out")
+            raise UsageError(
+                "the controller adalora has nothing to prune",
+                fix="take the method adalora, or leave the controller out",
+            )
         self.tinit, self.tfinal = (int(v * run.total) if v < 1 else round(v) for v in (settings.tinit, settings.tfinal))
         if self.tinit + self.tfinal >= run.total:
             raise UsageError(
-                f"AdaLoRA's budget has no step to fall in: tinit {self.tinit} and tfinal {self.tfinal} of {run.total} steps",
+                "AdaLoRA's budget has no step to fall in",
+                why=f"the run has {run.total} steps, of which tinit takes {self.tinit} and tfinal {self.tfinal}",
                 fix="lower tinit or tfinal, or train longer",
             )
         self.first = sum(len(layer.kept) for layer in self.layers.values())
@@ -144,7 +154,7 @@ class AdaLoRABudget:
         return s["lora_E"].squeeze(1) + s["lora_A"].mean(1) + s["lora_B"].mean(0)
 
     def choose(self, count: int) -> None:
-        """Keep the `count` best triplets and set E of the others to zero. Of equal ones, the first of each layer come first."""
+        """Keep the `count` best triplets and set E of the others to zero. Of equal ones a layer's first go first."""
         every = [(-score, i, path) for path in self.layers for i, score in enumerate(self.scores(path).tolist())]
         best = {(path, i) for _, i, path in sorted(every, key=lambda triplet: triplet[:2])[:count]}
         for path, layer in self.layers.items():
@@ -168,7 +178,9 @@ class AdaLoRABudget:
         device = next(iter(self.layers.values())).lora_E.device
 
         def named(kind: str) -> dict[str, Tensor]:
-            return {key.removeprefix(f"{kind}/"): t.to(device) for key, t in tensors.items() if key.startswith(f"{kind}/")}
+            return {
+                key.removeprefix(f"{kind}/"): t.to(device) for key, t in tensors.items() if key.startswith(f"{kind}/")
+            }
 
         self.sensitivity, self.uncertainty = named("sensitivity"), named("uncertainty")
         for path, kept in named("kept").items():
