@@ -97,7 +97,7 @@ def test_a_row_of_zeros_stays_zero() -> None:
 
 
 class NothingAsLargeAs(TorchDispatchMode):
-    """Fail on any operation that makes a tensor of `limit` or more numbers. Views make none."""
+    """Fail on any operation that makes a tensor of `limit` or more numbers, also inside. Views make none."""
 
     def __init__(self, limit: int, known: list[Tensor]) -> None:
         super().__init__()
@@ -107,8 +107,11 @@ class NothingAsLargeAs(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         for t in out if isinstance(out, tuple | list) else [out]:
             if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in self.known:
-                self.largest = max(self.largest, t.numel())
-                assert t.numel() < self.limit, f"{function} made {tuple(t.shape)}"
+                made = t.numel()
+                if function is torch.ops.aten.linalg_vector_norm.default and args[0].dtype != t.dtype:
+                    made = args[0].numel()  # on a CPU it converts its argument first
+                self.largest = max(self.largest, made)
+                assert made < self.limit, f"{function} made {made} numbers"
         return out
 
 
@@ -123,7 +126,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_no_matrix_of_the_size_of_w_is_made(layer: str, dtype: torch.dtype, dropout: float) -> None:
+def test_no_matrix_of_the_size_of_w_is_made(
+    layer: str, dtype: torch.dtype, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lk.METHODS.module("dora"), "AT_ONCE", 1000)
     make, inputs = LAYERS[layer]
     torch.manual_seed(0)
     model = lk.attach(nn.Sequential(make()).to(dtype), DoRA(r=4, dropout=dropout), target_modules=["0"])

@@ -23,7 +23,7 @@ from ..core.weight import bytes_of, dense, shape_of, store
 
 
 @dense.register
-def _(weight: Params4bit) -> Tensor:
+def _read(weight: Params4bit) -> Tensor:
     return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
 
 
@@ -85,6 +85,10 @@ class FourBitKind(LinearKind):
                 fix="load the model again and attach the adapter before running it",
             )
         return LinearKind.shape(self)  # not super(): a layer is asked for its shape before it is adapted
+
+    def matrix(self) -> Tensor:
+        """Give what the weight holds, by a call that torch.compile can follow: it does not through a singledispatch here."""
+        return _read(self.weight) if isinstance(self.weight, Params4bit) else self.weight.detach()
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the layer."""

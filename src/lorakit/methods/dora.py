@@ -27,6 +27,9 @@ from ..core.errors import UsageError
 from ..core.statistics import Statistics
 from ._factors import alpha_or_default, check, factors, scaling, start, starts_off_zero
 
+AT_ONCE = 1 << 22
+"""Entries of W whose squares are summed at once: torch converts a bf16 W to the dtype of the sum before, on a CPU."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DoRA:
@@ -97,7 +100,8 @@ class DoRAAdapter(AbstractAdapter):
     def norm(self, weight: Tensor) -> Tensor:
         """Give ‖V‖ (out,) for W (out, in), never 0, in the dtype of m. No tensor of the size of W is made."""
         A, B, s = self.lora_A, self.lora_B, self.scale
-        own = torch.linalg.vector_norm(weight, dim=1, dtype=B.dtype).square()
+        slices = weight.split(max(1, AT_ONCE // weight.shape[1]))
+        own = torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=B.dtype) for rows in slices]).square()
         cross = (weight @ A.to(weight.dtype).T).to(B.dtype)
         squared = own + 2 * s * (B * cross).sum(1) + s.square() * (B @ (A @ A.T) * B).sum(1)
         return squared.clamp_min(torch.finfo(squared.dtype).tiny).sqrt()
