@@ -34,15 +34,25 @@ def _(weight: TorchAOBaseTensor, value: Tensor) -> Tensor:
 
 @store.register
 def _(weight: Int8Tensor, value: Tensor) -> Tensor:
-    per_row = weight.block_size[0] == 1
     return Int8Tensor.from_hp(
-        value.to(weight.dtype), PerRow() if per_row else PerTensor(), reduce_range=weight.reduce_range
+        value.to(weight.dtype),
+        PerRow() if weight.block_size[0] == 1 else PerTensor(),
+        act_quant_kwargs=weight.act_quant_kwargs,
+        act_quant_scale=weight.act_quant_scale,
+        act_quant_zero_point=weight.act_quant_zero_point,
+        act_pre_scale=weight.act_pre_scale,
+        reduce_range=weight.reduce_range,
     )
 
 
 @store.register
 def _(weight: IntxUnpackedToInt8Tensor, value: Tensor) -> Tensor:
-    return IntxUnpackedToInt8Tensor.from_hp(value.to(weight.dtype), weight.block_size, weight.target_dtype)
+    return IntxUnpackedToInt8Tensor.from_hp(
+        value.to(weight.dtype),
+        weight.block_size,
+        weight.target_dtype,
+        activation_quantization=weight.activation_quantization,
+    )
 
 
 @bytes_of.register
