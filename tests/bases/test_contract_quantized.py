@@ -20,7 +20,7 @@ pytest.importorskip("bitsandbytes")
 def _contract() -> ModuleType:
     file = Path(__file__).parents[1] / "core" / "test_contract.py"
     spec = importlib.util.spec_from_file_location("contract_of_methods", file)
-    assert spec is not None and spec.loader is not None  # noqa: PT018
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -28,7 +28,12 @@ def _contract() -> ModuleType:
 
 contract = _contract()
 method = contract.method
-attach, perturb, close, only_if_mergeable = contract.attach, contract.perturb, contract.close, contract.only_if_mergeable
+attach, perturb, close, only_if_mergeable = (
+    contract.attach,
+    contract.perturb,
+    contract.close,
+    contract.only_if_mergeable,
+)
 
 # These take the fixtures of this file.
 test_attaching_changes_no_bit = contract.test_attaching_changes_no_bit
@@ -82,7 +87,9 @@ def test_forward_is_a_linear_layer_with_the_merged_weight(
     close(layer(x), expected.to(x.dtype))
 
 
-def test_merging_is_the_forward_and_unmerging_is_exact(model: nn.Module, method: lk.Method, kind: str, x: Tensor) -> None:
+def test_merging_is_the_forward_and_unmerging_is_exact(
+    model: nn.Module, method: lk.Method, kind: str, x: Tensor
+) -> None:
     before, stored = copy.deepcopy(model.state_dict()), model.layer.weight
     y = perturb(attach(model, method, kind))(x)
     only_if_mergeable(model)

@@ -269,3 +269,27 @@ def test_dropout_falls_on_the_live_factors_only() -> None:
     assert torch.equal(p.model(p.x), p.base(p.x))
     p.model.train()
     assert not torch.equal(p.model(p.x), p.base(p.x))
+
+
+@pytest.mark.parametrize("init", [*FROM_BASE, "eva", "loftq"])
+def test_a_skeleton_without_data_can_be_planned_with(init: str) -> None:
+    """Counts and shapes are there before anything is measured: those of the live factors and of what is taken off again."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(IN, OUT))
+    counted = lk.summary(lk.attach(model, lk.LoRA(r=R, init=init)))
+    own = R * (IN + OUT)
+    assert (counted.trainable, counted.adapter) == (own, 2 * own if init in FROM_BASE else own)
+
+
+@pytest.mark.parametrize("init", FROM_BASE)
+@pytest.mark.parametrize("name", [name for name in lk.METHODS if "init" in lk.METHODS[name].__dataclass_fields__])
+def test_every_method_with_an_init_starts_at_the_base_or_refuses(name: str, init: str) -> None:
+    p = Problem(init, attach=False)
+    try:
+        method = lk.METHODS[name](r=R, init=init)
+        lk.attach(p.model, method, statistics=p.statistics())
+    except lk.LorakitError as error:
+        assert init in str(error) or "init" in str(error)
+        assert lk.names(p.model) == []
+        return
+    close(p.model(p.x), p.base(p.x))

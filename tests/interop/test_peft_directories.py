@@ -142,8 +142,8 @@ class Spelling(NamedTuple):
     theirs: Callable[..., peft.PeftConfig]
     cases: set[str]
     """What PEFT supports."""
-    atol: float = 0.0
-    """Difference of the logits; 0: not a bit."""
+    tolerance: float = 0.0
+    """Difference of the logits, over the largest of them; 0: not a bit."""
 
 
 LINEAR = {"linear", "some", "last_layers", "regex", "conv1d_gpt2", "head_in_full", "encoder_decoder"}
@@ -165,7 +165,8 @@ SPELLINGS = {
     "rslora": spelled(
         "lora", peft.LoraConfig, {**LORA, "rank_stabilized": True}, {**THEIR_LORA, "use_rslora": True}, LAYERS
     ),
-    "dora": spelled("dora", peft.LoraConfig, LORA, {**THEIR_LORA, "use_dora": True}, LAYERS, 3e-6),
+    # PEFT takes the norm of the whole matrix, here it is made of its parts.
+    "dora": spelled("dora", peft.LoraConfig, LORA, {**THEIR_LORA, "use_dora": True}, LAYERS, 1e-6),
     "vera": spelled("vera", peft.VeraConfig, {"r": 8}, {"r": 8}, LINEAR),
     "vera_from_seed": spelled(
         "vera",
@@ -193,10 +194,9 @@ def case(request: pytest.FixtureRequest) -> Any:
     return CASES[request.param]
 
 
-def agree(a: Tensor, b: Tensor, atol: float) -> None:
-    assert torch.equal(a, b) if atol == 0 else torch.allclose(a, b, rtol=0, atol=atol), (
-        f"off by {(a - b).abs().max():.1e}"
-    )
+def agree(a: Tensor, b: Tensor, tolerance: float) -> None:
+    off = float((a - b).abs().max() / b.abs().max())
+    assert torch.equal(a, b) if tolerance == 0 else off <= tolerance, f"off by {off:.1e}"
 
 
 def build(make: Callable[[], nn.Module]) -> nn.Module:
@@ -232,8 +232,8 @@ def test_ours_in_peft(pair: Any, tmp_path: Path) -> None:
     model, batch = ours(make, arguments, spelling.ours()), inputs()
     lk.save(model, tmp_path / "a")
     expected = output(model, batch)
-    assert not torch.allclose(expected, output(build(make), batch), atol=10 * spelling.atol)
-    agree(output(from_peft(make, tmp_path / "a"), batch), expected, spelling.atol)
+    assert not torch.allclose(expected, output(build(make), batch), atol=1e-4)
+    agree(output(from_peft(make, tmp_path / "a"), batch), expected, spelling.tolerance)
 
 
 def test_peft_in_ours_and_back(pair: Any, tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_peft_in_ours_and_back(pair: Any, tmp_path: Path) -> None:
     batch = inputs()
     expected = output(theirs, batch)
     model = lk.load(build(make), tmp_path / "a")
-    agree(output(model, batch), expected, spelling.atol)
+    agree(output(model, batch), expected, spelling.tolerance)
     lk.save(model, tmp_path / "b")
     assert filecmp.cmp(
         tmp_path / "a" / "adapter_model.safetensors", tmp_path / "b" / "adapter_model.safetensors", shallow=False

@@ -18,10 +18,13 @@ FORMATS: Mapping[str, str] = {"nf4": "bitsandbytes", "fp4": "bitsandbytes", "int
 
 
 def maker(name: str) -> Callable[[nn.Linear], nn.Linear]:
-    """Give the function that makes a layer of format `name` from a linear layer.
+    """Give the function that makes a layer of format `name` from a linear layer. Raises UsageError as `require` does."""
+    require(name)
+    return BASES[FORMATS[name]][name]
 
-    Raises UsageError for a format there is not, and if its package is not installed.
-    """
+
+def require(name: str) -> None:
+    """Raise UsageError for a format there is not, and if its package is not installed; nothing is imported."""
     if name not in FORMATS:
         raise UsageError(f"there is no storage format {name!r}", fix=f"choose one of {', '.join(FORMATS)}")
     package = FORMATS[name]
@@ -29,4 +32,3 @@ def maker(name: str) -> Callable[[nn.Linear], nn.Linear]:
         raise UsageError(
             f"{name} needs the package {package}, which is not installed", fix="pip install 'lorakit[quant]'"
         )
-    return BASES[package][name]

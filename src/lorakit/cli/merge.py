@@ -33,7 +33,7 @@ def merge(
     found = require_adapter(adapter)
     if output.resolve() == found.resolve() or output.resolve() in found.resolve().parents:
         raise UsageError(f"{output} holds the adapter itself", fix="choose another directory")
-    opened = open_model(str(found), base=base, dtype="float32", classify=True)
+    opened = open_model(str(found), base=base, dtype="float32", classify=True, plain=True)
     target = dtype or stored_dtype(opened.path)
     check = fold(opened, target)
     if check["layers_changed"] == 0:
@@ -69,9 +69,20 @@ def write(opened: Any, output: Path, dtype: str) -> None:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(kind)  # buffers stay as they are: rotary frequencies need float32
     model.config.dtype = kind
+    _untie(model)
     with atomic_directory(output) as work, quiet_transformers():
         model.save_pretrained(work)
         opened.tokenizer.save_pretrained(work)
+
+
+def _untie(model: Any) -> None:
+    """Say in the configuration that embedding and head are two weights, where merging only one of them made them so.
+
+    Whoever trusts the flag would otherwise load the one in the other's place.
+    """
+    inner, outer = model.get_input_embeddings(), model.get_output_embeddings()
+    if outer is not None and model.config.tie_word_embeddings and inner.weight is not outer.weight:
+        model.config.tie_word_embeddings = False
 
 
 def size(directory: Path) -> int:

@@ -1,6 +1,7 @@
 """A model ready to use: a base model and, if one was named, its adapter; found from what a user types."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,9 +69,12 @@ def base_of(adapter: Path) -> str:
     return named
 
 
-def open_model(name: str, *, base: str | None = None, dtype: str = "auto", classify: bool = False) -> Opened:
+def open_model(
+    name: str, *, base: str | None = None, dtype: str = "auto", classify: bool = False, plain: bool = False
+) -> Opened:
     """Load an adapter on its base model, or a bare base model if `name` is no adapter.
 
+    A base that was quantized in training is quantized here too; `plain` reads its weights back into float tensors.
     Raises UsageError for a classifier unless `classify`, FileError for files that do not fit.
     """
     from ..interop.adapter_directory import load as load_adapter
@@ -89,10 +93,30 @@ def open_model(name: str, *, base: str | None = None, dtype: str = "auto", class
     if not quiet():
         note(f"adapter {adapter} on {chosen}")
     _check_base(adapter, side, chosen, named=base is not None)
-    loaded = load(chosen, task="causal" if labels is None else "classification", labels=labels, dtype=dtype)
+    task = "causal" if labels is None else "classification"
+    loaded = load(chosen, task=task, labels=labels, dtype=dtype, prepare=_as_trained(adapter, side, plain))
     load_adapter(loaded.model, adapter, ADAPTER)
     loaded.model.eval()
     return Opened(loaded.model, loaded.tokenizer, chosen, loaded.path, adapter, side)
+
+
+def _as_trained(
+    adapter: Path, side: dict[str, Any], plain: bool
+) -> "Callable[[PreTrainedModel, list[str]], None] | None":
+    """Give what stores a base's weights as they were when the adapter was trained; None if they were not quantized."""
+    stored = (side.get("base") or {}).get("quantize")
+    if stored is None:
+        return None
+    in_full = read_json(adapter / "adapter_config.json").get("modules_to_save")
+
+    def prepare(model: "PreTrainedModel", head: list[str]) -> None:
+        from ..models.quantize import dequantize, quantize
+
+        quantize(model, stored, modules_to_save=in_full)
+        if plain:
+            dequantize(model)
+
+    return prepare
 
 
 def _check_base(adapter: Path, side: dict[str, Any], chosen: str, *, named: bool) -> None:

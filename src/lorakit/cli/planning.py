@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .machine import memory_available
@@ -99,7 +99,7 @@ def requirement(config: "RunConfig", data: "Dataset", model: Any) -> "Estimate":
     length = max(data.lengths)
     rows = max(1, config.train.batch_tokens // length) if config.train.batch_tokens else config.train.batch_size
     share = data.stats.trained_tokens / data.stats.tokens
-    return estimate(
+    need = estimate(
         model,
         rows=rows,
         length=length,
@@ -108,6 +108,20 @@ def requirement(config: "RunConfig", data: "Dataset", model: Any) -> "Estimate":
         accumulate=config.train.accumulate,
         device=pick_device(),
     )
+    return replace(need, weights=need.weights - _saved_by_quantizing(config, model))
+
+
+def _saved_by_quantizing(config: "RunConfig", model: Any) -> int:
+    """Give the bytes that model.quantize takes off the weights."""
+    from ..bases import require
+    from ..core.attach import Replacement, adapters
+    from ..models.quantize import saved_bytes
+
+    if config.model.quantize is None:
+        return 0
+    require(config.model.quantize)
+    in_full = [path for path, _, adapter in adapters(model) if isinstance(adapter, Replacement)]
+    return saved_bytes(model, config.model.quantize, in_full)
 
 
 def matrix_speed(dtype: str, size: int = 1024, seconds: float = 0.2) -> float:

@@ -120,7 +120,8 @@ def attach(
     place(model, method, target, name)
     try:
         for path, layer, adapter in adapters(model, name):
-            if isinstance(adapter, AbstractAdapter):
+            # A skeleton on the meta device holds nothing that could be looked at, and no values to start with.
+            if isinstance(adapter, AbstractAdapter) and not cast(Kind, layer).weight.is_meta:
                 adapter.start(cast(Base, layer), (statistics or {}).get(path))
     except BaseException:
         detach(model, name)

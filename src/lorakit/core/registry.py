@@ -16,6 +16,7 @@ class Registry(Mapping[str, Any]):
 
     def __init__(self, package: str, attribute: str, what: str) -> None:
         self.package, self.attribute, self.what = package, attribute, what
+        self._modules: dict[str, ModuleType] = {}
 
     # A registry is itself only: comparing the contents, as a Mapping does, would import every file.
     __eq__ = object.__eq__
@@ -34,12 +35,15 @@ class Registry(Mapping[str, Any]):
 
     def module(self, name: str) -> ModuleType:
         """Give the file of this name, for what else it declares. Raises UsageError with the names there are."""
+        if name in self._modules:
+            return self._modules[name]
         names = sorted(self)
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise UsageError(f"unknown {self.what} {name!r}", fix=f"{hint}there are: {', '.join(names)}")
-        return importlib.import_module(f"{self.package}.{name}")
+        self._modules[name] = importlib.import_module(f"{self.package}.{name}")
+        return self._modules[name]
 
     def name_of(self, value: object) -> str:
         """Give the file name under which `value` is registered."""

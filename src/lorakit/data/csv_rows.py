@@ -59,7 +59,10 @@ def _quoted_rows(
 
     limit = csv.field_size_limit(LINE_LIMIT)  # the module knows only one limit for the whole process
     try:
-        names = _header(path, next(csv.reader([header], delimiter=delimiter), []))
+        try:
+            names = _header(path, next(csv.reader([header], delimiter=delimiter), []))
+        except csv.Error as error:
+            raise DataError(f"{path}:1  broken header: {error}", fix="the first line names the columns") from None
         reader = csv.reader(texts(), delimiter=delimiter, strict=True)
         while True:
             lines_before = reader.line_num

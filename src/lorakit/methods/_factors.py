@@ -16,8 +16,8 @@ def check(r: int, alpha: float | None, dropout: float) -> None:
     """Raise UsageError for a rank, a scale or a dropout that cannot be."""
     if r < 1:
         raise UsageError(f"r must be at least 1, not {r}")
-    if alpha is not None and not math.isfinite(alpha):
-        raise UsageError(f"alpha must be a number, not {alpha}")
+    if alpha is not None and not 0 < alpha <= 1e6:  # NaN is in no range
+        raise UsageError(f"alpha must be above 0 and at most 1e6, not {alpha}")
     if not 0 <= dropout < 1:
         raise UsageError(f"dropout must be in [0, 1), not {dropout}")
 

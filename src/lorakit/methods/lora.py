@@ -6,24 +6,23 @@ rsLoRA, the scale alpha/sqrt(r). Kalajdzievski 2023, https://arxiv.org/abs/2312.
 Departure from the paper: A starts Kaiming-uniform as in the authors' code, not Gaussian; `init="gaussian"` is the paper's.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
-import torch
 from torch import Tensor, nn
 
 from ..core.adapter import AdditiveAdapter, Base, PeftFormat, Shape
 from ..core.chain import Chain
-from ..core.errors import UsageError
 from ..core.statistics import Statistics
-from ._factors import factors, start, starts_off_zero
+from ._factors import alpha_or_default, check, factors, scaling, start, starts_off_zero
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA:
-    """r: rank. alpha: scale, 2r if not given. dropout: on the input of A. init: a file name of `init/`."""
+    """r: rank. alpha: scale, 2r if not given. dropout: on the input of A. rank_stabilized: divide alpha by sqrt(r), not by r.
+    init: a file name of `init/`.
+    """
 
     r: int = 16
     alpha: float | None = None
@@ -39,12 +38,7 @@ class LoRA:
     )
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise UsageError(f"r must be at least 1, not {self.r}")
-        if not 0 <= self.dropout < 1:
-            raise UsageError(f"dropout must be in [0, 1), not {self.dropout}")
-        if self.alpha is not None and not math.isfinite(self.alpha):
-            raise UsageError(f"alpha must be a number, not {self.alpha}")
+        check(self.r, self.alpha, self.dropout)
 
     def at(self, r: int, alpha: float | None) -> "LoRA":
         """Give the same with another rank and alpha."""
@@ -52,8 +46,7 @@ class LoRA:
 
     def build(self, shape: Shape) -> AdditiveAdapter:
         """Make the adapter of one layer; its own config has alpha as a number."""
-        alpha = float(2 * self.r if self.alpha is None else self.alpha)
-        adapter = LoRAAdapter(replace(self, alpha=alpha), shape)
+        adapter = LoRAAdapter(replace(self, alpha=alpha_or_default(self.r, self.alpha)), shape)
         off = starts_off_zero(self.init) and not shape.one_hot
         return Chain(adapter, start_off=True) if off else adapter
 
@@ -67,14 +60,11 @@ class LoRAAdapter(AdditiveAdapter):
 
     def __init__(self, config: LoRA, shape: Shape) -> None:
         super().__init__()
-        if config.alpha is None:
-            raise TypeError("alpha must be a number here; LoRA.build makes it one")
         self.config, self.one_hot = config, shape.one_hot
         self.lora_A, self.lora_B = factors(shape, config.r)
         self.dropout = nn.Dropout(config.dropout)
-        scale = config.alpha / (math.sqrt(config.r) if config.rank_stabilized else config.r)
-        # A tensor, not a float: torch.compile guards on floats and would compile again when alpha changes.
-        self.register_buffer("scale", torch.tensor(scale), persistent=False)
+        scale = scaling(config.r, alpha_or_default(config.r, config.alpha), config.rank_stabilized)
+        self.register_buffer("scale", scale, persistent=False)
 
     def start(self, base: Base, statistics: Statistics | None = None) -> None:
         """Fill A and B by the init."""

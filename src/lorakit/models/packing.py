@@ -251,6 +251,8 @@ def enable_packing(model: "PreTrainedModel") -> bool:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     before = model.config._attn_implementation
+    if before == NAME:
+        return True  # it was proved before
     if before not in ("sdpa", "eager"):
         return False
     AttentionInterface.register(NAME, packed_attention)

@@ -5,7 +5,7 @@ quant(W - s·B·A), and what is left of W goes to the adapter's start (`init/lof
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -42,27 +42,34 @@ def quantize(
     if not 1 <= iterations <= 5:
         raise UsageError(f"iterations must be from 1 to 5, not {iterations}")
     make = maker(name)
+    layers = dict(linear_layers(model, target.get("modules_to_save")))
     ranks = _ranks(model, method, target)
+    _check(layers, ranks.keys(), name)
     lost = {}
-    for path, layer in list(linear_layers(model, target.get("modules_to_save"))):
-        if layer.weight.dtype not in DTYPES:
-            raise UsageError(
-                f"{path}: a weight in {layer.weight.dtype} cannot be quantized", fix="load the model in float32"
-            )
+    while layers:
+        path, layer = layers.popitem()  # the float weight is let go as soon as its stored form is in place
         plain = _as_linear(layer)
         made = make(plain)
         if path in ranks:
             W = plain.weight.detach().float()
-            made.weight = cast(nn.Parameter, alternate(W, partial(store, made.weight), ranks[path], iterations))
+            if iterations > 1:  # the first one is what `make` did
+                made.weight = cast(nn.Parameter, alternate(W, partial(store, made.weight), ranks[path], iterations))
             lost[path] = Statistics(residual=W - dense(made.weight).float())
         _swap(model, layer, made)
-    missing = sorted(ranks.keys() - lost.keys())
+    return lost
+
+
+def _check(layers: Mapping[str, nn.Module], repaired: Collection[str], name: str) -> None:
+    """Raise UsageError, before anything is changed, for what cannot be stored in the format `name`."""
+    for path, layer in layers.items():
+        if layer.weight.dtype not in DTYPES:
+            raise UsageError(f"{path}: a weight in {layer.weight.dtype} cannot be quantized", fix="load it in float32")
+    missing = sorted(set(repaired) - layers.keys())
     if missing:
         raise UsageError(
             f"{missing[0]} is not stored in {name}, so there is nothing for its adapter to repair",
             fix="target linear layers other than the output head, or take another init",
         )
-    return lost
 
 
 @torch.no_grad()

@@ -170,7 +170,7 @@ class Session:
             restart(model, method, target, ADAPTER, found.tensors["adapter"].items())
         else:
             start(model, method, target, ADAPTER, self._statistics(method, target))
-            self.base.lost.clear()  # as large as the weights were
+        self.base.lost.clear()  # as large as the weights were
         if self.config.train.checkpointing:
             checkpoint_activations(model)
         self.say(str(summary(model, ADAPTER)))

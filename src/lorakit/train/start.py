@@ -7,7 +7,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from ..core.adapter import Method, Ranked
-from ..core.attach import attach, place, places, trainable, use
+from ..core.attach import adapters, attach, place, places, trainable, use
 from ..core.calibrate import Calibration, calibrate
 from ..core.registry import INITS
 from ..core.start import needs
@@ -72,6 +72,9 @@ def restart(
         sites = _ranked(model, method, target)
         target = with_ranks(sites, target, _ranks_in(tensors))
     place(model, method, target, name)
+    for _, _, adapter in adapters(model, name):
+        for parameter in adapter.parameters():
+            parameter.detach().zero_()  # not what was in memory: the model may be run before the tensors are copied
     return trainable(use(model, name), name)
 
 
