@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .api import train
     from .core.adapter import AbstractAdapter, AdditiveAdapter, Method
     from .core.attach import active, adapters, attach, detach, disabled, names, trainable, use
+    from .core.calibrate import calibrate
     from .core.errors import LorakitError
     from .core.merge import merge, unmerge
     from .core.registry import INITS, METHODS
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from .core.target import Target
     from .interop.adapter_directory import load, save
     from .methods.lora import LoRA
+    from .models.quantize import quantize
 
 __version__ = "0.1.0"
 
@@ -33,11 +35,13 @@ __all__ = [
     "active",
     "adapters",
     "attach",
+    "calibrate",
     "detach",
     "disabled",
     "load",
     "merge",
     "names",
+    "quantize",
     "save",
     "summary",
     "train",
@@ -50,6 +54,7 @@ _MODULES = {
     "api": ("train",),
     "core.adapter": ("AbstractAdapter", "AdditiveAdapter", "Method"),
     "core.attach": ("active", "adapters", "attach", "detach", "disabled", "names", "trainable", "use"),
+    "core.calibrate": ("calibrate",),
     "core.errors": ("LorakitError",),
     "core.merge": ("merge", "unmerge"),
     "core.registry": ("INITS", "METHODS"),
@@ -57,6 +62,7 @@ _MODULES = {
     "core.target": ("Target",),
     "interop.adapter_directory": ("load", "save"),
     "methods.lora": ("LoRA",),
+    "models.quantize": ("quantize",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -151,7 +151,7 @@ def test_gradients_reach_the_input_and_never_the_weight(name: str, evaluated: bo
     x = torch.randn(7, 64, requires_grad=True)
     if evaluated:
         with torch.no_grad():
-            model.eval()(x)
+            model.eval()(x.detach())
         model.train()
     model(x).square().sum().backward()
     other = x.detach().clone().requires_grad_()
@@ -302,6 +302,13 @@ def test_layers_that_bitsandbytes_made_itself(name: str) -> None:
     torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-4)
     lk.unmerge(model)
     assert torch.equal(model(x), y)
+
+
+def test_a_configuration_can_ask_for_every_format() -> None:
+    from lorakit.bases import FORMATS as MADE
+    from lorakit.train.config_schema import choices, section_keys
+
+    assert sorted(choices(section_keys("model")["quantize"].hint)) == sorted(MADE) == sorted(FORMATS)
 
 
 def test_what_cannot_be_stored_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,9 +132,12 @@ def test_eva_moves_ranks_where_the_inputs_vary(configure: Configure, tiny_model:
     assert all(".1." not in path for path in ranks)
 
 
-def test_a_quantized_run_says_what_it_did(configure: Configure, tiny_model: Path) -> None:
+def test_a_quantized_run_learns_and_says_what_it_did(configure: Configure, tiny_model: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    result = go(configure(model__quantize="nf4", data__valid=0.2, **SHORT))
+    head = ["lm_head"]
+    result = go(configure(model__quantize="nf4", train__epochs=8, optim__lr=3e-2, method__modules_to_save=head))
+    values = [v for _, key, v in losses(result.directory) if key == "loss"]
+    assert sum(values[-3:]) / 3 < 0.75 * values[0]
     log = (result.directory / "log.txt").read_text()
     assert "the base is stored as nf4: 0.1 MB" in log or "the base is stored as nf4: 0.0 MB" in log
     assert json.loads((result.adapter / "lorakit.json").read_text())["base"]["quantize"] == "nf4"
@@ -146,7 +149,7 @@ def test_a_quantized_run_says_what_it_did(configure: Configure, tiny_model: Path
     ids = torch.arange(20)[None]
     exact = lk.load(load_model(tiny_model, dtype="float32").model, result.adapter)
     a, b = loaded.model(ids).logits, exact(ids).logits
-    assert 0.01 < (a - b).norm() / b.norm() < 0.5, "4 bits are not the whole weights"
+    assert 0.005 < (a - b).norm() / b.norm() < 0.5, "4 bits are not the whole weights"
 
 
 def test_loftq_starts_nearer_to_the_model_than_rounding_does(configure: Configure, tiny_model: Path) -> None:
@@ -159,5 +162,5 @@ def test_loftq_starts_nearer_to_the_model_than_rounding_does(configure: Configur
         lk.attach(model, method, statistics=quantize(model, "nf4", method))
         errors.append(float((model(ids).logits - exact(ids).logits).detach().norm()))
     assert errors[1] < 0.8 * errors[0]
-    with pytest.raises(lk.LorakitError, match="was not measured"):
-        go(configure(method__init="loftq"))  # nothing is quantized
+    with pytest.raises(lk.LorakitError, match=r"set model\.quantize"):
+        configure(method__init="loftq")  # nothing would be lost

@@ -123,8 +123,10 @@ def attach(
             # A skeleton on the meta device holds nothing that could be looked at, and no values to start with.
             if isinstance(adapter, AbstractAdapter) and not cast(Kind, layer).weight.is_meta:
                 adapter.start(cast(Base, layer), (statistics or {}).get(path))
-    except BaseException:
+    except BaseException as error:
         detach(model, name)
+        if isinstance(error, UsageError):
+            raise UsageError(error.what, why=error.why, fix=error.fix, where=error.where or f"layer {path}") from error
         raise
     use(model, name)
     return trainable(model, name)

@@ -25,12 +25,12 @@ class Start(NamedTuple):
         return value
 
 
-_CALIBRATE = "attach(..., statistics=lorakit.core.calibrate.calibrate(model, method, batches, loss)); `lorakit train` does it by itself"
+_CALIBRATE = "attach(..., statistics=lk.calibrate(model, method, batches, loss)); `lorakit train` does it by itself"
 FIXES = {
     "inputs": _CALIBRATE,
     "mean": _CALIBRATE,
     "gradient": _CALIBRATE,
-    "residual": "attach(..., statistics=lorakit.models.quantize.quantize(model, 'nf4', ...)), or set model.quantize in a configuration",
+    "residual": "attach(..., statistics=lk.quantize(model, 'nf4', method)), or set model.quantize in a configuration",
 }
 
 

@@ -26,7 +26,7 @@ RHO = 2.0
 
 def start(A: Tensor, B: Tensor, site: Start) -> None:
     """Fill A with the r leading eigenvectors of the inputs' covariance, B with zero."""
-    check(*A.shape, scale=1.0)
+    check(*A.shape)
     covariance = site.measured("inputs") - torch.outer(mean := site.measured("mean"), mean)
     _, vectors = torch.linalg.eigh(covariance)
     A.copy_(vectors[:, -len(A) :].T.flip(0))

@@ -26,7 +26,7 @@ NEEDS = frozenset({"residual"})
 def start(A: Tensor, B: Tensor, site: Start) -> None:
     """Fill A and B so that s·B·A is the best rank-r approximation of what the stored weight lost."""
     r = len(A)
-    check(r, min(A.shape[1], B.shape[0]), site.scale)
+    check(r, min(A.shape[1], B.shape[0]))
     U, S, Vh = svd(site.measured("residual").to(A.dtype))
     fill(A, B, U[:, :r], S[:r], Vh[:r], site.scale)
 

@@ -23,7 +23,7 @@ GAMMA = 16.0
 def start(A: Tensor, B: Tensor, site: Start) -> None:
     """Fill A with the first r right singular vectors of the gradient, B with the next r left ones, both times c."""
     r = len(A)
-    check(r, min(A.shape[1], B.shape[0]) // 2, site.scale)
+    check(r, min(A.shape[1], B.shape[0]) // 2)
     U, Vh = leading(site.measured("gradient").to(A.dtype), 2 * r)
     c = B.shape[0] ** 0.25 / GAMMA**0.5
     A.copy_(c * Vh[:r])

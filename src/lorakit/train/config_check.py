@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bases import FORMATS
+from ..core.start import needs
 from .config import RunConfig, TrainOptions, as_tree
 from .controllers import CONTROLLERS
 
@@ -31,6 +32,7 @@ def resume_conflicts(a: RunConfig, b: RunConfig) -> list[str]:
 def contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
     """Yield (dotted key, what is wrong) for all settings that contradict each other, before any model is loaded."""
     yield from _either_or(config)
+    yield from _start(config)
     yield from _packages(config)
     yield from _controller(config)
     yield from _evaluation(config)
@@ -60,6 +62,11 @@ def _packages(config: RunConfig) -> Iterator[tuple[str, str]]:
     wanted = config.model.quantize
     if wanted is not None and find_spec(FORMATS[wanted]) is None:
         yield "model.quantize", f"{wanted} needs the package {FORMATS[wanted]}: pip install 'lorakit[quant]'"
+
+
+def _start(config: RunConfig) -> Iterator[tuple[str, str]]:
+    if config.model.quantize is None and "residual" in needs(config.method.config):
+        yield "method.init", "it repairs what quantization takes from the weights: set model.quantize, e.g. nf4"
 
 
 def _evaluation(config: RunConfig) -> Iterator[tuple[str, str]]:
