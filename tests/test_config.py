@@ -114,7 +114,12 @@ def without_contradictions(found: RunConfig) -> RunConfig:
         train = replace(train, controller=None)
     data = replace(found.data, valid=found.data.valid or 0.1, path=found.data.path.replace("\0", "0"))
     model = replace(found.model, name=found.model.name.replace("\0", "0"), quantize=None)
-    return replace(found, model=model, data=data, train=train, method=replace(found.method, target=target))
+    found = replace(found, model=model, data=data, train=train, method=replace(found.method, target=target))
+    if any(
+        key == "method.init" for key, _ in contradictions(found)
+    ):  # a start for quantized bases, which these are not
+        reject()
+    return found
 
 
 @given(run_configs())
