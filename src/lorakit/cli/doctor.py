@@ -18,7 +18,8 @@ PACKAGES = ("lorakit", "torch", "transformers", "safetensors", "tokenizers", "py
 EXTRAS = {
     "quickstart": (("gguf",), "convert the built-in model smollm2 on first use"),
     "data": (("datasets", "pyarrow"), "Parquet, Arrow and hub data sets"),
-    "quant": (("bitsandbytes", "torchao"), "base models stored in 4 or 8 bits"),
+    "quant": (("bitsandbytes",), "base models stored in 4 or 8 bits"),
+    "torchao": (("torchao",), "the same by torchao"),
     "track": (("tensorboard", "trackio"), "logs for TensorBoard and Trackio"),
 }
 
