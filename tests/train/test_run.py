@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import lorakit as lk
 from lorakit.train import loop
@@ -271,10 +272,10 @@ def test_the_best_adapter_is_kept_and_patience_ends_the_run(configure: Callable[
     best = min(evaluations, key=lambda e: e[1])
     assert evaluations[-1][0] == result.steps < 40 * 6
     assert [e for e in evaluations if e[0] > best[0]] == evaluations[-3:]
-    again = configure("until-best", data__valid=0.3, train__max_steps=best[0], train__epochs=..., optim__lr=3e-2,
-                      optim__schedule="constant", optim__warmup=max(1, round(0.03 * 40 * 3)), train__eval_steps=2)  # fmt: skip
-    assert (result.directory / "adapter").exists()
-    assert again.train.max_steps == best[0]
+    kept = load_file(result.directory / "checkpoints" / f"step-{best[0]:06d}" / "adapter.safetensors")
+    saved = load_file(result.adapter / "adapter_model.safetensors")
+    assert saved.keys() == {f"base_model.model.{key.replace('/', '.')}.weight" for key in kept}
+    assert all(torch.equal(saved[f"base_model.model.{key.replace('/', '.')}.weight"], kept[key]) for key in kept)
 
 
 def test_nothing_is_overwritten_in_silence(configure: Callable[..., RunConfig], tmp_path: Path) -> None:
