@@ -11,7 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 import lorakit as lk
 from lorakit.core.errors import UsageError
-from lorakit.core.kinds import Kind
+from lorakit.core.kinds import Kind, require_kind
+from lorakit.core.start import needs
+from lorakit.core.statistics import Statistics
 
 
 class Toy(nn.Module):
@@ -72,11 +74,21 @@ def x(kind: str, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if x.is_floating_point() else x
 
 
+def known(model: nn.Module, method: lk.Method) -> dict[str, Statistics]:
+    """What a method has to be told of its layer before it starts: other people's adapters, for a mixture of them."""
+    if "experts" not in needs(method):
+        return {}
+    out, width, *_ = require_kind("layer", model.layer).shape(model.layer)
+    n, r = method.num_experts, method.r
+    return {"layer": Statistics(experts=(torch.randn(n, r, width) / 8, torch.randn(n, out, r) / 8))}
+
+
 def attach(model: nn.Module, method: lk.Method, kind: str, name: str = "default") -> nn.Module:
     """A method may refuse a kind of layer, with the reason, and leaves the model alone then."""
     before, cls = set(model.state_dict()), type(model.layer)
     try:
-        return lk.attach(model, method, target_modules=TARGETS.get(kind, ["layer"]), fused=FUSED.get(kind), name=name)
+        settings = {"fused": FUSED.get(kind), "statistics": known(model, method), "name": name}
+        return lk.attach(model, method, target_modules=TARGETS.get(kind, ["layer"]), **settings)
     except UsageError as error:
         assert error.why
         assert "layer" in str(error.where)
@@ -223,7 +235,8 @@ def test_two_adapters_are_two_models(model: nn.Module, method: lk.Method, kind: 
 
 def test_every_method_works_on_a_plain_linear_layer(method: lk.Method) -> None:
     """What it refuses is a restriction to some kinds, never all of them."""
-    assert lk.names(lk.attach(Toy(nn.Linear(12, 20)), method)) == ["default"]
+    model = Toy(nn.Linear(12, 20))
+    assert lk.names(lk.attach(model, method, statistics=known(model, method))) == ["default"]
 
 
 def test_kinds_agree_with_their_layer(model: nn.Module, kind: str, x: Tensor) -> None:

@@ -149,7 +149,7 @@ def test_a_quantized_run_learns_and_says_what_it_did(configure: Configure, tiny_
     ids = torch.arange(20)[None]
     exact = lk.load(load_model(tiny_model, dtype="float32").model, result.adapter)
     a, b = loaded.model(ids).logits, exact(ids).logits
-    assert 0.005 < (a - b).norm() / b.norm() < 0.5, "4 bits are not the whole weights"
+    assert 1e-3 < (a - b).norm() / b.norm() < 0.5, "4 bits are not the whole weights"
 
 
 def test_loftq_starts_nearer_to_the_model_than_rounding_does(configure: Configure, tiny_model: Path) -> None:

@@ -139,7 +139,7 @@ def test_embeddings_start_where_they_can_learn() -> None:
 def test_a_start_from_the_weight_is_taken_off_again_and_saved_as_one_pair(tmp_path: Path) -> None:
     """With PiSSA the frozen A holds the principal directions of W; the start is the base model all the same."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(12, 20))
+    model = nn.Sequential(nn.Linear(12, 20)).eval()
     plain, x = copy.deepcopy(model), torch.randn(5, 12)
     lk.attach(model, LoRAFA(r=3, init="pissa"))
     assert torch.equal(model(x), plain(x))

@@ -72,6 +72,8 @@ def _(weight: Int8Params) -> int:
 class FourBitKind(LinearKind):
     """`Linear4bit`, and the same layer with a plain weight once an adapter has been merged into it."""
 
+    PRODUCT = True
+
     # On processors with AVX512-BF16 bitsandbytes repacks a weight for good when it is first run in eval mode. A repacked weight
     # passes no gradient to x, rounds x and its scales to bfloat16, and must have a multiple of 32 rows.
     support_avx512bf16_for_cpu = property(lambda self: False, lambda self, value: None)

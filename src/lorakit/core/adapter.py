@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self, final, runtime_che
 
 from torch import Tensor, nn
 
+from ..kernels.low_rank import Change, LowRank, add, applies
 from .statistics import Statistics
 
 
@@ -22,6 +23,8 @@ class Shape(NamedTuple):
     one_hot: bool = False
     bias: bool = True
     """Whether the layer has a bias (out,) too."""
+    kernel: int = 1
+    """Entries of a convolution's kernel: `in_features` is its input channels times this."""
 
 
 class Base(Protocol):
@@ -29,6 +32,9 @@ class Base(Protocol):
 
     `frozen(x) = plus_bias(linear(x))` and `linear(x) = project(x, matrix())`.
     """
+
+    VECTORS: bool
+    """Whether the layer multiplies each vector of its input (..., in) by W."""
 
     def frozen(self, x: Tensor) -> Tensor:
         """Run the layer as it was before anything was attached."""
@@ -62,6 +68,10 @@ class Base(Protocol):
         """Shape a vector (out,) so that it broadcasts over the channels of this layer's output."""
         ...
 
+    def input_channels(self, v: Tensor) -> Tensor:
+        """Shape a vector over the input's channels so that it broadcasts over this layer's input."""
+        ...
+
 
 class AbstractAdapter(nn.Module, ABC):
     """A change of one weight matrix. The one law, tested for every method, layer kind and storage format:
@@ -77,8 +87,14 @@ class AbstractAdapter(nn.Module, ABC):
     ROLES: ClassVar[Mapping[str, str]]
     """Role of each own parameter for the optimizer: "A", "B", "magnitude", "bias", "base" (a weight trained in full), "frozen"."""
 
+    FAST_IN_EMBEDDING: ClassVar[str] = "B"
+    """Role of the factor that starts at zero on an embedding, and so gets LoRA+'s higher rate there; elsewhere it is B."""
+
     config: Any
     """The hyper-parameters this adapter was built with, its own rank and alpha after the patterns."""
+
+    selected: bool = False
+    """Whether the layer is one of those that a `Selective` method treats in its other way."""
 
     @abstractmethod
     def start(self, base: Base, statistics: Statistics | None = None) -> None:
@@ -99,6 +115,14 @@ class AbstractAdapter(nn.Module, ABC):
     def mergeable(self) -> bool:
         """Whether there is a matrix and a bias that do what this adapter does."""
         return self.MERGEABLE
+
+    def low_rank(self, base: Base) -> LowRank | None:
+        """Give the factors, if `merge(W)` is gain (W + scale B A) with gradients through them; None if it is anything else."""
+        return None
+
+    def routed(self, base: Base) -> Change | None:
+        """Give what a fused operation adds to the layer: the factors, or those of several adapters for rows of their own."""
+        return self.low_rank(base)
 
     def compact(self) -> "AbstractAdapter":
         """Give the adapter as it is saved: itself, or a smaller one that computes the same (AdaLoRA's, when pruned)."""
@@ -126,8 +150,19 @@ class AdditiveAdapter(AbstractAdapter):
 
     @final
     def forward(self, x: Tensor, base: Base) -> Tensor:
-        """Add the low-rank branch to the frozen layer's output."""
+        """Add the change to the frozen layer's output; in training in one operation, where there is one.
+
+        In evaluation the order of additions is that of other tools, and a start that is taken off again cancels exactly.
+        """
         y = base.frozen(x)
+        if (
+            self.training
+            and base.VECTORS
+            and applies(x)
+            and x.dtype == y.dtype
+            and (change := self.low_rank(base)) is not None
+        ):
+            return add(y, x, change)
         return y + self.delta(x, base).to(y.dtype)
 
     @final
@@ -143,7 +178,9 @@ class PeftFormat:
     tensors: own parameter name -> name in the file, after the layer's path (as on a Linear layer).
     fields: own hyper-parameter -> field of `adapter_config.json`.
     constants: fields with a fixed value, by which methods that share a `peft_type` are told apart.
+    values: own hyper-parameter -> {value in `adapter_config.json`: own value}, where they differ; the first is written.
     ignored: fields that change nothing about what the tensors compute; written with these values, read with any.
+    marked_by: a field that is set for this method and for no other of the same `peft_type`.
     masked: (tensor, own field) where PEFT's `rank_pattern` is no pattern of ranks but, by tensor, a list of booleans
         that says which of its rows are in the file; the field is the length of that list.
     only_with_side_file: to PEFT this is another method; `lorakit.json` alone tells them apart.
@@ -152,8 +189,10 @@ class PeftFormat:
     peft_type: str
     tensors: Mapping[str, str]
     fields: Mapping[str, str]
+    values: Mapping[str, Mapping[Any, object]] = field(default_factory=dict)
     constants: Mapping[str, object] = field(default_factory=dict)
     ignored: Mapping[str, object] = field(default_factory=dict)
+    marked_by: str | None = None
     masked: tuple[str, str] | None = None
     only_with_side_file: bool = False
 
@@ -176,12 +215,30 @@ class Sharing(Protocol):
         ...
 
 
-class Ranked(Protocol):
-    """A method with a rank and a scale, so that `rank_pattern` and `alpha_pattern` can apply to it."""
+@runtime_checkable
+class Resizable(Protocol):
+    """A method with a rank, so that `rank_pattern` can apply to it."""
 
     r: int
-    alpha: float | None
 
     def at(self, r: int, alpha: float | None) -> Self:
-        """Give the same method with another rank and scale."""
+        """Give the same method with another rank, and another scale if it has one."""
+        ...
+
+
+class Ranked(Resizable, Protocol):
+    """A method with a scale too, so that `alpha_pattern` can apply to it."""
+
+    alpha: float | None
+
+
+@runtime_checkable
+class Selective(Protocol):
+    """A method that treats some layers in another way (IA3): a field names them, in the forms of `target_modules`."""
+
+    SELECTS: ClassVar[str]
+    """The field. Where it is None, the method knows such layers by their names."""
+
+    def on(self, path: str, selected: bool | None) -> Method:
+        """Give the method for the layer at `path`; `selected`: whether the field names it, None if the field is None."""
         ...

@@ -11,21 +11,25 @@ import functools
 import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast, final
+from typing import Any, ClassVar, NamedTuple, cast, final
 
 import torch
 from torch import Tensor, nn
 
-from .adapter import AbstractAdapter, Base, Method, Ranked, Shape, Sharing
+from .adapter import AbstractAdapter, Base, Method, Resizable, Selective, Shape, Sharing
 from .errors import UsageError
 from .fused import Declared, Parts
 from .kinds import Kind, kind, require_kind
 from .statistics import Statistics
-from .target import ALL_LINEAR, Site, Target, by_pattern, saved_modules, sites
+from .target import ALL_LINEAR, Site, Target, by_pattern, saved_modules, selection, sites
+from .tokens import watchers
 
 
 class Adapted(nn.Module):
     """Mixin in front of a layer's kind and its own class: it holds named adapters, at most one active, and is their `Base`."""
+
+    changes: ClassVar[int] = 0
+    """Layers that were ever adapted or given back: whether a list of a model's adapted layers is still right."""
 
     adapters: nn.ModuleDict
     active: str | None
@@ -150,27 +154,45 @@ class Place(NamedTuple):
 
 
 def places(model: nn.Module, method: Method, target: Target) -> list[Place]:
-    """Give the layers that `target` names with the method each is to get, rank and alpha by the patterns."""
+    """Give the layers that `target` names with the method each is to get: rank and alpha by the patterns, or its own way."""
     chosen = sites(model, target)
     names = [s.name for s in chosen]
     ranks = by_pattern(target.rank_pattern, names, "rank_pattern", model)
     alphas = by_pattern(target.alpha_pattern, names, "alpha_pattern", model)
-    if (ranks or alphas) and not {"r", "alpha"} <= vars(method).keys():
-        raise UsageError(
-            f"{type(method).__name__} has no rank and alpha, so rank_pattern and alpha_pattern do not apply"
-        )
+    check_patterns(method, bool(ranks), bool(alphas))
+    selected = _selected(model, method, chosen)
     if isinstance(method, Sharing):
         method = method.shared([_shape(s) for s in chosen])
+    selective = isinstance(method, Selective)
     found: dict[str, Place] = {}
     for site in chosen:
         own = method
         if site.name in ranks or site.name in alphas:
-            ranked = cast(Ranked, method)
-            own = cast(Method, ranked.at(ranks.get(site.name, ranked.r), alphas.get(site.name, ranked.alpha)))
+            sized = cast(Resizable, method)
+            alpha = alphas.get(site.name, vars(method).get("alpha"))
+            own = cast(Method, sized.at(ranks.get(site.name, sized.r), alpha))
+        if selective:
+            own = cast(Selective, own).on(site.name, None if selected is None else site.name in selected)
         place = found.setdefault(site.path, Place(site.path, site.layer, [], []))
         place.sites.append(site)
         place.methods.append(own)
     return list(found.values())
+
+
+def check_patterns(method: Method, ranks: bool, alphas: bool) -> None:
+    """Raise UsageError for patterns of what the method does not have."""
+    sized = isinstance(method, Resizable)
+    lacking = ["rank"] if ranks and not sized else []
+    lacking += ["alpha"] if alphas and not (sized and "alpha" in vars(method)) else []
+    if lacking:
+        patterns = " and ".join(f"{what}_pattern" for what in lacking)
+        raise UsageError(f"{type(method).__name__} has no {' and no '.join(lacking)} of a layer, so no {patterns}")
+
+
+def _selected(model: nn.Module, method: Method, chosen: list[Site]) -> set[str] | None:
+    """Give the places that a `Selective` method's own field names; None if it leaves that to the method."""
+    wanted = vars(method)[method.SELECTS] if isinstance(method, Selective) else None
+    return None if wanted is None else selection(chosen, wanted, cast(Selective, method).SELECTS, model)
 
 
 def _shape(site: Site) -> Shape:
@@ -188,7 +210,9 @@ def place(model: nn.Module, method: Method, target: Target, name: str) -> None:
         # fp32 parameters also on a bf16 or quantized base: AdamW's small steps would be lost in bf16. fp64 stays fp64.
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         try:
-            built.append((spot.layer, spot.build().to(weight.device, dtype)))
+            made = spot.build()
+            here = weight.device.type == "cpu" and dtype == torch.get_default_dtype()  # it is already, as it was built
+            built.append((spot.layer, made if here else made.to(weight.device, dtype)))
         except UsageError as error:
             refused.append((spot.path, error))
     if refused:
@@ -197,8 +221,11 @@ def place(model: nn.Module, method: Method, target: Target, name: str) -> None:
         more = f" and {len(paths) - 8} more" if len(paths) > 8 else ""
         raise UsageError(first.what, why=first.why, fix=first.fix, where=f"layers {', '.join(paths[:8])}{more}")
     built += [(module, Replacement(module)) for _, module in saved_modules(model, target)]
+    Adapted.changes += 1
     for layer, adapter in built:
-        _adapt(layer).adapters[name] = adapter
+        _adapt(layer).adapters[name] = adapter.train(layer.training)
+        for watcher in watchers(adapter):
+            watcher.watch(model)
 
 
 def _check_name(model: nn.Module, name: str) -> None:
@@ -212,21 +239,34 @@ def _check_name(model: nn.Module, name: str) -> None:
         )
 
 
+def adapted(model: nn.Module) -> list[tuple[str, Adapted]]:
+    """Give (path, layer) of every layer that carries an adapter, in the model's order.
+
+    Looking through a model of thousands of modules takes long, so the list is remembered until a layer is adapted or given
+    back anywhere.
+    """
+    known = vars(model).get("_adapted")
+    if known is None or known[0] != Adapted.changes:
+        found = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, Adapted)]
+        known = vars(model)["_adapted"] = (Adapted.changes, found)
+    return known[1]
+
+
 def adapters(model: nn.Module, name: str = "default") -> Iterator[tuple[str, Adapted, Attached]]:
     """Yield (path, layer, adapter) for every layer that carries adapter `name`."""
-    for path, layer in model.named_modules():
-        if isinstance(layer, Adapted) and name in layer.adapters:
+    for path, layer in adapted(model):
+        if name in layer.adapters:
             yield path, layer, cast(Attached, layer.adapters[name])
 
 
 def names(model: nn.Module) -> list[str]:
     """Give the names of the resident adapters."""
-    return list(dict.fromkeys(n for m in model.modules() if isinstance(m, Adapted) for n in m.adapters))
+    return list(dict.fromkeys(n for _, layer in adapted(model) for n in layer.adapters))
 
 
 def active(model: nn.Module) -> str | None:
     """Give the name of the active adapter, or None."""
-    return next((m.active for m in model.modules() if isinstance(m, Adapted) and m.active is not None), None)
+    return next((layer.active for _, layer in adapted(model) if layer.active is not None), None)
 
 
 def require(model: nn.Module, name: str) -> None:
@@ -238,18 +278,20 @@ def require(model: nn.Module, name: str) -> None:
 
 def use(model: nn.Module, name: str | None) -> nn.Module:
     """Make adapter `name` the active one, or none. What is trainable does not change (`trainable` does that)."""
-    if name is not None:
+    chosen = [(layer, name is not None and name in layer.adapters) for _, layer in adapted(model)]
+    if name is not None and not any(carries for _, carries in chosen):
         require(model, name)
-    for layer in model.modules():
-        if isinstance(layer, Adapted):
-            layer.active = name if name is not None and name in layer.adapters else None
+    for layer, carries in chosen:
+        object.__setattr__(
+            layer, "active", name if carries else None
+        )  # it is no module, and theirs takes ten times as long
     return model
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Generator[nn.Module]:
     """Run the base model as it was, inside `with disabled(model):`."""
-    before = [(m, m.active) for m in model.modules() if isinstance(m, Adapted)]
+    before = [(layer, layer.active) for _, layer in adapted(model)]
     for layer, _ in before:
         layer.active = None
     try:
@@ -275,15 +317,16 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     """Remove adapter `name` (every adapter if None); layers left without one get their own class back."""
     if name is not None:
         require(model, name)
-    for layer in list(model.modules()):
-        if not isinstance(layer, Adapted):
-            continue
+    for _, layer in adapted(model):
         for gone in [name] if name is not None else list(layer.adapters):
             if gone in layer.adapters:
+                for watcher in watchers(layer.adapters[gone]):
+                    watcher.unwatch()
                 del layer.adapters[gone]
             if layer.active == gone:
                 layer.active = None
         if not layer.adapters:
             del layer.adapters, layer.active, layer.merged
             layer.__class__ = wrapped_class(layer)
+    Adapted.changes += 1
     return model

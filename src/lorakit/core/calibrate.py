@@ -11,7 +11,7 @@ is first asked for, and only the latest group is kept.
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +83,7 @@ def measure(
     """Run the batches once and give the statistics of `layers`, all at the same time."""
     sums = {path: _Sums(layer, wanted) for path, layer in layers.items()}
     learn = "gradient" in wanted
-    with _watched(model, layers, sums) as root, torch.set_grad_enabled(learn):
+    with watched(model, layers, sums) as root, torch.set_grad_enabled(learn):
         for batch in batches:
             value = loss(model, batch)
             if learn:
@@ -145,14 +145,25 @@ class _Sums:
         return Statistics(inputs=self.moment, mean=self.total / self.count, gradient=self.gradient)
 
 
+class Watcher(Protocol):
+    """What looks at one layer."""
+
+    def see(self, root: Tensor, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
+        """Take in one call and give its output, which must depend on `root` where its gradient is wanted."""
+        ...
+
+
 @contextmanager
-def _watched(model: nn.Module, layers: Mapping[str, nn.Module], sums: Mapping[str, _Sums]) -> Generator[Tensor]:
-    """Hook the layers, switch dropout and the gradients of weights off, and put everything back at the end."""
+def watched(model: nn.Module, layers: Mapping[str, nn.Module], watchers: Mapping[str, Watcher]) -> Generator[Tensor]:
+    """Hook the layers, switch dropout and the gradients of weights off, and put everything back at the end.
+
+    Gives `root`, a zero: `loss.backward(inputs=[root])` reaches every output that depends on it, and no weight.
+    """
     training = [module for module in model.modules() if module.training]
     learning = [p for p in model.parameters() if p.requires_grad]
-    device = next(iter(sums.values())).total.device
+    device = cast(Kind, next(iter(layers.values()))).weight.device
     root = torch.zeros((), device=device, requires_grad=True)
-    hooks = [layers[path].register_forward_hook(partial(s.see, root), with_kwargs=True) for path, s in sums.items()]
+    hooks = [layers[path].register_forward_hook(partial(w.see, root), with_kwargs=True) for path, w in watchers.items()]
     model.eval()
     for p in learning:
         p.requires_grad_(False)

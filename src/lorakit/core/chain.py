@@ -14,6 +14,7 @@ from typing import ClassVar, cast, final
 import torch
 from torch import Tensor, nn
 
+from ..kernels.low_rank import LowRank
 from .adapter import AdditiveAdapter, Base
 from .statistics import Statistics
 
@@ -61,6 +62,15 @@ class Chain(AdditiveAdapter):
     def delta_weight(self) -> Tensor:
         """Give the live change plus the frozen one."""
         return self.live.delta_weight() + self.scale * (self.frozen_B @ self.frozen_A)
+
+    def low_rank(self, base: Base) -> LowRank | None:
+        """Give the live factors and the frozen ones as one pair, unless only the live ones see dropout."""
+        live = self.live.low_rank(base)
+        if live is None or not len(self.frozen_A):
+            return live
+        if live.dropout:
+            return None
+        return live._replace(A=torch.cat([live.A, self.frozen_A]), B=torch.cat([live.B, self.frozen_B], dim=1))
 
     def delta(self, x: Tensor, base: Base) -> Tensor:
         """Give the live change plus the frozen one, which sees no dropout: it is part of what is adapted."""

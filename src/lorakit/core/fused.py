@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol, cast, final, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from ..kernels.low_rank import LowRank
 from .adapter import AbstractAdapter, Base
 from .errors import UsageError
 from .pattern import is_suffix
@@ -147,7 +148,7 @@ class Parts(AbstractAdapter):
         y = frozen
         for name, part in self.each():
             rows = self.rows(name)
-            y = y.index_copy(-1, rows, part(x, _Rows(base, rows, frozen)).to(y.dtype))
+            y = y.index_copy(-1, rows, part(x, _Rows(base, rows, (x, frozen))).to(y.dtype))
         return y
 
     def merge(self, weight: Tensor) -> Tensor:
@@ -170,6 +171,16 @@ class Parts(AbstractAdapter):
         """Whether every part is."""
         return all(part.mergeable() for _, part in self.each())
 
+    def low_rank(self, base: Base) -> LowRank | None:
+        """Give one pair of factors, A stacked and s·B block by block, if every part has one and nothing is dropped."""
+        pairs = [(self.rows(name), part.low_rank(_Rows(base, self.rows(name)))) for name, part in self.each()]
+        own = [(rows, c) for rows, c in pairs if c is not None and c.gain is None and not c.dropout]
+        if len(own) < len(pairs):
+            return None
+        columns = [c.B.new_zeros(self.out_features, c.B.shape[1]).index_copy(0, rows, c.scale * c.B) for rows, c in own]
+        A = torch.cat([c.A for _, c in own])
+        return LowRank(A, torch.cat(columns, dim=1), A.new_ones(()))
+
     def compact(self) -> "Parts":
         """Give the compact parts."""
         parts = {name: part.compact() for name, part in self.each()}
@@ -185,13 +196,14 @@ class Parts(AbstractAdapter):
 
 
 class _Rows:
-    """Some rows of a fused layer, seen as a layer of their own (`Base`); `frozen_out` is the whole layer's output, if known."""
+    """Some rows of a fused layer, seen as a layer of their own (`Base`); `known` is an input with the whole layer's output."""
 
-    def __init__(self, base: Base, rows: Tensor, frozen_out: Tensor | None = None) -> None:
-        self.base, self._rows, self._out = base, rows, frozen_out
+    def __init__(self, base: Base, rows: Tensor, known: tuple[Tensor, Tensor] | None = None) -> None:
+        self.base, self._rows, self._known, self.VECTORS = base, rows, known, base.VECTORS
 
     def frozen(self, x: Tensor) -> Tensor:
-        out = self.base.frozen(x) if self._out is None else self._out
+        known = self._known
+        out = known[1] if known is not None and x is known[0] else self.base.frozen(x)
         return out.index_select(-1, self._rows)
 
     def linear(self, x: Tensor) -> Tensor:
@@ -217,3 +229,6 @@ class _Rows:
 
     def channels(self, v: Tensor) -> Tensor:
         return v
+
+    def input_channels(self, v: Tensor) -> Tensor:
+        return self.base.input_channels(v)

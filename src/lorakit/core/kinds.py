@@ -12,6 +12,8 @@ A method that uses only these verbs works on every kind. A new kind is a mixin a
 import sys
 from collections.abc import Callable
 from functools import singledispatch
+from math import prod
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,9 @@ from .weight import dense, learn, store
 class Kind(nn.Module):
     """Verbs of a layer kind, mixed in front of the layer's own class; `self` is the layer."""
 
+    VECTORS: ClassVar[bool] = False
+    PRODUCT: ClassVar[bool] = False
+    """Whether the layer's own forward is x W^T + b with W as `matrix` gives it, whatever its class."""
     weight: Tensor
     bias: Tensor | None
 
@@ -65,6 +70,10 @@ class Kind(nn.Module):
         """Shape a per-channel vector for broadcasting; channels are the last dimension."""
         return v
 
+    def input_channels(self, v: Tensor) -> Tensor:
+        """Shape a vector over the input's channels for broadcasting; they are its last dimension."""
+        return v
+
     def plus_bias(self, y: Tensor) -> Tensor:
         """Add the layer's bias, if it has one."""
         return y if self.bias is None else y + self.channels(self.bias)
@@ -77,6 +86,7 @@ class Kind(nn.Module):
 class LinearKind(Kind):
     """`nn.Linear` and what derives from it."""
 
+    VECTORS = True
     out_features: int
     in_features: int
 
@@ -99,6 +109,8 @@ class LinearKind(Kind):
 
 class Conv1DKind(Kind):
     """transformers' `Conv1D` (GPT-2): a linear layer whose weight is stored transposed."""
+
+    VECTORS = PRODUCT = True
 
     def shape(self) -> Shape:
         """Give (out, in)."""
@@ -155,7 +167,8 @@ class ConvKind(Kind):
 
     def shape(self) -> Shape:
         """Give (out, in * kernel)."""
-        return Shape(self.weight.shape[0], self.weight[0].numel(), bias=self.bias is not None)
+        out, channels, *kernel = self.weight.shape
+        return Shape(out, channels * prod(kernel), bias=self.bias is not None, kernel=prod(kernel))
 
     def matrix(self) -> Tensor:
         """Give weight.flatten(1)."""
@@ -188,6 +201,10 @@ class ConvKind(Kind):
     def channels(self, v: Tensor) -> Tensor:
         """Give (out, 1, ...): channels stand before the spatial dimensions."""
         return v.reshape(-1, *[1] * (self.weight.dim() - 2))
+
+    def input_channels(self, v: Tensor) -> Tensor:
+        """Give (in, 1, ...): in the input too."""
+        return ConvKind.channels(self, v)
 
 
 @singledispatch

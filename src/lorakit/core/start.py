@@ -7,6 +7,7 @@ from torch import Tensor
 from .adapter import Base, Method
 from .errors import UsageError
 from .registry import INITS
+from .stack import parts_of
 from .statistics import Statistics
 
 
@@ -36,5 +37,6 @@ FIXES = {
 
 def needs(method: Method) -> frozenset[str]:
     """Give the fields of `Statistics` that must be known of each layer before adapters of this method can start."""
-    init = vars(method).get("init")
-    return vars(INITS.module(init)).get("NEEDS", frozenset()) if init else frozenset()
+    inits = [vars(part)["init"] for part in parts_of(method) if "init" in vars(part)]
+    own = vars(type(method)).get("NEEDS", frozenset())
+    return own.union(*(vars(INITS.module(init)).get("NEEDS", frozenset()) for init in inits))

@@ -123,6 +123,11 @@ def by_pattern(patterns: Mapping[str, T] | None, names: Sequence[str], what: str
     return values
 
 
+def selection(chosen: list[Site], wanted: str | Sequence[str], what: str, model: nn.Module) -> set[str]:
+    """Give the names of the places among `chosen` that `wanted` names, in the forms of `target_modules`."""
+    return {site.name for site in _select(chosen, wanted, what, model)}
+
+
 def _matcher(pattern: str, budget: Budget) -> Callable[[str], object]:
     plain = re.fullmatch(
         r"(\^?)([\w.-]+)\$?", pattern

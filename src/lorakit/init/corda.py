@@ -8,6 +8,10 @@ is accurate, as in the authors' code.
 
 Departures: the base is not touched (`core/chain.py`), and C is divided by its mean diagonal. That changes neither B·A nor
 the order of the terms, but makes the balance between A and B independent of the size of x.
+
+When: the task's data say which directions of W it uses, and training is to start there. It costs a pass over some
+batches, a matrix (in, in) a layer while they are measured, a decomposition of each layer, and an adapter of rank 2r
+when it is saved.
 """
 
 import torch

@@ -3,6 +3,8 @@
 The paper's "knowledge-preserved" mode: measured on questions about what is to be kept, the r smallest components are free to
 be trained and the rest stays. `corda` says what the components are. Calibrate it on such questions
 (`core/calibrate.py`); a training run measures the data it trains on.
+
+When: certain knowledge is to be kept and data that ask for it are at hand. It costs what CorDA costs.
 """
 
 from torch import Tensor

@@ -7,6 +7,9 @@ rho·r in one, within the budget of r per layer.
 
 Departure from the paper: the covariance of the inputs is accumulated and decomposed once, where the paper updates a truncated
 SVD batch by batch until it settles. That costs (in, in) per layer while it is measured, and has no error to settle.
+
+When: the layers differ in how much of their input matters, so that one rank for all wastes some. It costs a pass over
+some batches and a matrix (in, in) a layer while they are measured; what is saved is as large as LoRA's.
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,8 @@
 """A uniform in ±1/sqrt(in) (Kaiming with a = sqrt 5, the default of `nn.Linear`), B zero: loralib's and PEFT's start.
 
 Hu et al. 2021, https://arxiv.org/abs/2106.09685; He et al. 2015, https://arxiv.org/abs/1502.01852
+
+When: always, unless there is a reason for another one. It costs nothing.
 """
 
 import math

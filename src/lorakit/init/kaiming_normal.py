@@ -1,4 +1,8 @@
-"""A normal with variance 1/in, B zero. He et al. 2015 with linear gain, https://arxiv.org/abs/1502.01852"""
+"""A normal with variance 1/in, B zero. He et al. 2015 with linear gain, https://arxiv.org/abs/1502.01852
+
+When: A x is to have the size of x at the start, three times the variance of the usual start; the learning rate may
+then be a little smaller. It costs nothing.
+"""
 
 from torch import Tensor, nn
 

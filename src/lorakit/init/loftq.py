@@ -8,6 +8,9 @@ adapter fits every copy of it; with T > 1 it is another one, to be kept with the
 
 Departures: s is accounted for (the paper has s = 1), and since rounding to absmax blocks is no projection, an iteration that
 did not lessen |W - dense(Q) - s·B·A| is dropped.
+
+When: the base is stored in 4 bits and the rank is small, for the start repairs what r directions can of what rounding
+took. It costs a singular value decomposition of each layer; the adapter then belongs to this very base.
 """
 
 import math

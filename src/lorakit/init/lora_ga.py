@@ -7,6 +7,10 @@ rank-2r approximation of G. c is the paper's "stable" scale, with the gamma of t
 
 Departure from the paper: the base is not touched (`core/chain.py`). PEFT's start of this name multiplies B by the singular
 values of G besides, and A not by c; then the step is no longer the best one.
+
+When: the run is short, so that the first steps count: they go where full fine-tuning would. It costs a forward and a
+backward pass over some batches, a matrix (out, in) a layer while they are measured, and an adapter of rank 2r when it
+is saved.
 """
 
 import torch

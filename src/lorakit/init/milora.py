@@ -3,6 +3,9 @@
     W = U S V^T        B = U sqrt(S / s)      A = sqrt(S / s) V^T        for the r smallest singular values
 
 PiSSA from the other end of the spectrum; as there, the base is not touched (`core/chain.py`).
+
+When: what the model knows is to be disturbed little, for training starts in the directions that W uses least. It
+costs a singular value decomposition of each layer and an adapter of rank 2r when it is saved.
 """
 
 from torch import Tensor

@@ -4,6 +4,9 @@
 
 s·B·A is s times the part of W in the span of its first r columns. Departure from the paper: the base is not touched
 (`core/chain.py`).
+
+When: PiSSA's idea is wanted for a QR decomposition's price. Which directions it takes depends on the order of the
+inputs; the adapter is saved with rank 2r.
 """
 
 import torch

@@ -4,6 +4,10 @@
 
 Departure from the paper: the residual W - s·B·A is not put in W's place. The adapter takes its start off again
 (`core/chain.py`), which is the same function and the same gradients, leaves the base untouched, and works on a quantized one.
+
+When: the task needs what W does most, and the first steps are to be large. It costs a singular value decomposition of
+each layer at the start and an adapter of rank 2r when it is saved; changes that have nothing to do with the largest
+directions of W are harder to reach than from zero.
 """
 
 from torch import Tensor

@@ -1,4 +1,8 @@
-"""A uniform with variance 2/(in + r), B zero. Glorot and Bengio 2010, https://proceedings.mlr.press/v9/glorot10a.html"""
+"""A uniform with variance 2/(in + r), B zero. Glorot and Bengio 2010, https://proceedings.mlr.press/v9/glorot10a.html
+
+When: a rule that looks at both sides of A is wanted; for r much smaller than the inputs it is close to the usual
+start. It costs nothing.
+"""
 
 from torch import Tensor, nn
 

@@ -13,7 +13,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -21,15 +21,16 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import AbstractAdapter, Method
+from ..core.adapter import AbstractAdapter, Method, Resizable, Selective
 from ..core.attach import Adapted, Attached, Replacement, adapters, detach, place, places, require, use
 from ..core.errors import DivergenceError, FileError, UsageError
 from ..core.files import atomic_directory
 from ..core.fused import Parts, ranges
 from ..core.pattern import is_suffix
-from ..core.registry import METHODS
+from ..core.stack import parts_of, settings_of
 from ..core.target import Target, saved_modules, sites
-from .keys import PREFIX, config_in_file, file_tensors, fill, spelled_for_peft
+from ..core.weight import shape_of
+from .keys import PREFIX, SHARED_PREFIX, config_in_file, file_tensors, fill, spelled_for_peft
 from .peft_config import check_side, read_config, write_config
 from .read import FLOATS, TensorInfo, read_header, read_json, read_tensors, regular_file, shown, some
 
@@ -98,23 +99,24 @@ def describe(
     configs = {path: config_in_file(a) for path, a in found.items()}
     if not configs:
         raise UsageError(f"adapter {name!r} has only modules trained in full", fix="target at least one layer")
-    method = _commonest(configs.values())
+    targets, selected = _spelled(model, found)
+    method = _selecting(_commonest(configs.values()), selected)
     config = write_config(
         method,
-        target_modules=_shortest(model, list(found)),
-        ranks={p: c.r for p, c in configs.items() if _ranked(c)},
-        alphas={p: c.alpha for p, c in configs.items() if _ranked(c)},
+        target_modules=targets,
+        ranks={p: c.r for p, c in configs.items() if isinstance(c, Resizable)},
+        alphas={p: c.alpha for p, c in configs.items() if isinstance(c, Resizable) and "alpha" in vars(c)},
         modules_to_save=replaced,
         base=_no_path(base),
         task_type=task_type,
         for_peft=all(spelled_for_peft(a) for a in found.values()),
     )
     plain = [part for a in found.values() for part in (a.parts.values() if isinstance(a, Parts) else [a])]
-    own = _commonest(config_in_file(cast(AbstractAdapter, part)) for part in plain)
+    own = _selecting(_commonest(config_in_file(cast(AbstractAdapter, part)) for part in plain), selected)
     fused = {path: a for path, a in found.items() if isinstance(a, Parts)}
     side: dict[str, Any] = {
         "format": FORMAT,
-        "method": {"name": METHODS.name_of(type(own)), **asdict(own)},
+        "method": settings_of(own),
         "base": {"name": _no_path(base)},
     }
     if fused:
@@ -153,9 +155,11 @@ def load(model: nn.Module, directory: str | Path, name: str = "default", *, trai
     try:
         check_side(side)
         method, target = read_config(config, side)
-        _check_ranks(method, target, side, header)
+        _check_ranks(model, method, target, side, header)
         target = _by_parts(model, target, side.get("parts", {}))
-        _check_tensors(header, _expected(model, method, target), weights)
+        expected = _expected(model, method, target)
+        copies = _copies(header, expected)
+        _check_tensors({key: info for key, info in header.items() if key not in copies}, expected, weights)
     except UsageError as error:  # what a user would have to change in a configuration is here a property of the file
         raise FileError(
             f"the adapter does not fit this model: {error.what}", why=error.why, where=str(directory)
@@ -163,7 +167,7 @@ def load(model: nn.Module, directory: str | Path, name: str = "default", *, trai
     tensors = read_tensors(weights)
     if {key: tuple(t.shape) for key, t in tensors.items()} != {key: info.shape for key, info in header.items()}:
         raise FileError(f"{weights.name} was changed while it was read", fix="load it again", where=str(weights))
-    _check_values(model, tensors, weights)
+    _check_values(model, tensors, copies, weights)
     place(model, method, target, name)
     try:
         _fill(model, name, tensors, trainable)
@@ -197,17 +201,23 @@ def _by_parts(model: nn.Module, target: Target, parts: Mapping[str, Mapping[str,
     )
 
 
-def _check_ranks(method: Method, target: Target, side: Mapping[str, Any], header: Mapping[str, TensorInfo]) -> None:
-    """Raise FileError for a rank that no tensor of the file is large enough for, before anything is built with it."""
-    largest = max((size for info in header.values() for size in info.shape), default=0)
+def _check_ranks(
+    model: nn.Module, method: Method, target: Target, side: Mapping[str, Any], header: Mapping[str, TensorInfo]
+) -> None:
+    """Raise FileError for a rank that no tensor of file and model is large enough for, before anything is built with it."""
+    shapes = [info.shape for info in header.values()] + [shape_of(p) for p in model.parameters()]
+    largest = max((size for shape in shapes for size in shape), default=0)
     ranks = [
-        (key, value) for key, value in vars(method).items() if (key == "r" or key.endswith("_r")) and value is not None
+        (key, value)
+        for part in parts_of(method)
+        for key, value in vars(part).items()
+        if (key == "r" or key.endswith("_r")) and value is not None
     ]
     ranks += [("rank_pattern", r) for r in (target.rank_pattern or {}).values()]
     ranks += [("parts", part.get("r") or 0) for its in side.get("parts", {}).values() for part in its.values()]
     wrong = [f"{key} asks for rank {shown(r)}" for key, r in ranks if r > largest]
     if wrong:
-        raise FileError(f"{CONFIG}: {some(wrong)}, but no tensor of the file has a side longer than {largest}")
+        raise FileError(f"{CONFIG}: {some(wrong)}, but no tensor of file and model has a side longer than {largest}")
 
 
 def _expected(model: nn.Module, method: Method, target: Target) -> dict[str, Tensor]:
@@ -220,6 +230,14 @@ def _expected(model: nn.Module, method: Method, target: Target) -> dict[str, Ten
     for path, module in saved_modules(model, target):
         expected |= {f"{PREFIX}{path}.{key}": t for key, t in module.state_dict().items()}
     return expected
+
+
+def _copies(header: Mapping[str, TensorInfo], expected: Mapping[str, Tensor]) -> dict[str, str]:
+    """Give the keys that repeat for a layer what all hold in common -> the common key. PEFT writes RandLoRA so."""
+    layers = {key.rpartition(".")[0] for key in expected if key.startswith(PREFIX)}
+    common = {key.removeprefix(SHARED_PREFIX): key for key in expected if not key.startswith(PREFIX)}
+    split = {key: key.rpartition(".") for key in header}
+    return {key: common[name] for key, (path, _, name) in split.items() if path in layers and name in common}
 
 
 def _check_tensors(header: Mapping[str, TensorInfo], expected: Mapping[str, Tensor], file: Path) -> None:
@@ -280,12 +298,14 @@ def _check_replaceable(directory: Path) -> None:
         )
 
 
-def _check_values(model: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Raise FileError for NaN or infinity, and for a copy of a base weight (PEFT adds embeddings) unlike the base's."""
+def _check_values(model: nn.Module, tensors: Mapping[str, Tensor], copies: Mapping[str, str], file: Path) -> None:
+    """Raise FileError for NaN or infinity, and for copies (PEFT adds base embeddings too) unlike what they repeat."""
     problems = _not_finite(tensors)
-    copies = [key for key in tensors if key.endswith(BASE_WEIGHT)]
-    weights = dict(model.named_parameters()) if copies else {}
-    for key in copies:
+    differ = [key for key, common in copies.items() if not torch.equal(tensors[key], tensors[common])]
+    problems += [f"{shown(key)} differs from what all layers hold in common" for key in differ]
+    bases = [key for key in tensors if key.endswith(BASE_WEIGHT)]
+    weights = dict(model.named_parameters()) if bases else {}
+    for key in bases:
         weight = weights.get(key.removeprefix(PREFIX).removesuffix(BASE_WEIGHT) + ".weight")
         if (
             weight is None
@@ -308,11 +328,27 @@ def _shortest(model: nn.Module, paths: Sequence[str]) -> list[str]:
 
 def _rank_and_alpha(part: nn.Module) -> dict[str, float]:
     config: Any = config_in_file(cast(AbstractAdapter, part))
-    return {"r": config.r, "alpha": config.alpha} if _ranked(config) else {}
+    own = vars(config) if isinstance(config, Resizable) else {}
+    return {key: own[key] for key in ("r", "alpha") if key in own}
 
 
-def _ranked(config: Method) -> bool:
-    return {"r", "alpha"} <= vars(config).keys()
+def _spelled(model: nn.Module, found: Mapping[str, AbstractAdapter]) -> tuple[list[str], list[str]]:
+    """Give the entries of `target_modules`, and among them those that name the layers that the method selected.
+
+    PEFT takes an entry of the latter for the end of a path, whether or not a component begins there.
+    """
+    parts = {f"{p}.{name}": part for p, a in found.items() if isinstance(a, Parts) for name, part in a.each()}
+    chosen = {name for name, adapter in {**found, **parts}.items() if adapter.selected}
+    targets = _shortest(model, list(found))
+    entries = [t for t in targets if any(is_suffix(t, name) for name in chosen)]
+    if {path for path in found if any(path.endswith(entry) for entry in entries)} == chosen:
+        return targets, entries
+    return sorted(found), sorted(chosen)
+
+
+def _selecting(method: Any, selected: Sequence[str]) -> Any:
+    """Let a `Selective` method's field name the layers that were selected, however that came about."""
+    return replace(method, **{method.SELECTS: tuple(selected)}) if isinstance(method, Selective) else method
 
 
 def _to_save(model: nn.Module, name: str) -> Iterator[tuple[str, Adapted, Attached]]:

@@ -3,6 +3,7 @@
     Linear, Conv1D   <path>.lora_A.weight (r, in)             <path>.lora_B.weight (out, r)
     Embedding        <path>.lora_embedding_A (r, vocab)       <path>.lora_embedding_B (dim, r)
     Conv1d/2d/3d     <path>.lora_A.weight (r, in, *kernel)    <path>.lora_B.weight (out, r, 1, ...)
+    other methods    their own names for such tensors, moved and shaped in the same way
     fused parts      the layer's own A and B: A stacked, B block by block (zero elsewhere)
     trained in full  <path>.<parameter>
     held in common   <name>, once, behind `base_model.` alone
@@ -37,17 +38,23 @@ def _spell(layer: nn.Module, name: str, tensor: Tensor) -> tuple[str, Tensor]:
 
 @_spell.register
 def _(layer: nn.Embedding, name: str, tensor: Tensor) -> tuple[str, Tensor]:
-    return re.sub(r"^lora_([AB])\.weight$", r"lora_embedding_\1", name), tensor
+    name = re.sub(r"^oft_R\b", "oft_embedding_R", name)
+    return re.sub(r"^(?:(lora)_([AB])\.weight|(hira)_([AB]))$", r"\1\3_embedding_\2\4", name), tensor
 
 
 @_spell.register
 def _(layer: _ConvNd, name: str, tensor: Tensor) -> tuple[str, Tensor]:
-    weight = layer.weight
-    ones = [1] * (weight.dim() - 2)
+    inputs, *kernel = layer.weight.shape[1:]
+    ones = [1] * len(kernel)
     shape = {
-        "lora_A.weight": (len(tensor), *weight.shape[1:]),
+        "lora_A.weight": (len(tensor), inputs, *kernel),
         "lora_B.weight": (*tensor.shape, *ones),
         "lora_magnitude_vector": (1, len(tensor), *ones),
+        "hira_A": (len(tensor), inputs, *kernel),
+        "hira_B": (*tensor.shape, *ones),
+        "lokr_w2": (len(tensor), -1, *kernel),
+        "ia3_l": (1, tensor.numel(), *ones),
+        "boft_s": (1, tensor.numel()),
     }
     return name, tensor.reshape(shape[name]) if name in shape else tensor
 

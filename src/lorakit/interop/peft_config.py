@@ -13,6 +13,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from ..core.adapter import Method, PeftFormat
 from ..core.errors import FileError
 from ..core.registry import METHODS
+from ..core.stack import parts_of
 from ..core.target import Target
 from .read import MAX_TENSORS, SHOWN, shown, some
 
@@ -98,7 +99,7 @@ def write_config(
     }
     if form:
         config |= {**form.constants, **form.ignored}
-        config |= {theirs: _number(getattr(method, ours)) for ours, theirs in form.fields.items()}
+        config |= {theirs: _number(_theirs(form, ours, getattr(method, ours))) for ours, theirs in form.fields.items()}
     if ranks and form and form.masked:
         tensor, full = form.masked[0], getattr(method, form.masked[1])
         masks = {f"{path}.{tensor}": [True] * r + [False] * (full - r) for path, r in ranks.items()}
@@ -106,7 +107,8 @@ def write_config(
     elif ranks:
         common: Any = method
         config["rank_pattern"] = {path: r for path, r in ranks.items() if r != common.r}
-        config["alpha_pattern"] = {path: _number(a) for path, a in alphas.items() if a != common.alpha}
+        if alphas:
+            config["alpha_pattern"] = {path: _number(a) for path, a in alphas.items() if a != common.alpha}
     return dict(sorted(config.items()))
 
 
@@ -161,9 +163,14 @@ def _method(config: Mapping[str, Any], side: Mapping[str, Any]) -> Method:
             config.get(k, _absent(v)) != v for k, v in constants.items()
         ):
             continue
-        if not (mine.get("name") == name if mine else form is None or not form.only_with_side_file):
+        if not (mine.get("name") == name if mine else form is None or _plainly(form, config)):
             continue
-        theirs = {ours: config.get(key) for ours, key in form.fields.items()} if form else {}
+        if kind == own_type(name) and not mine:
+            raise FileError(
+                f"the adapter lacks lorakit.json, without which the settings of the method {name} are not known",
+                fix="copy the whole directory; PEFT has no form for this adapter",
+            )
+        theirs = {ours: _ours(form, ours, config.get(key)) for ours, key in form.fields.items()} if form else {}
         own = {f.name: f.default for f in fields(cls)}
         # PEFT's defaults are not ours, so what is absent must be off by default.
         absent = [form.fields[ours] for ours, v in theirs.items() if form and v is None and own[ours] not in (0, False)]
@@ -175,8 +182,8 @@ def _method(config: Mapping[str, Any], side: Mapping[str, Any]) -> Method:
         except (TypeError, ValueError, OverflowError) as error:
             why = shown(str(error))
             raise FileError("adapter_config.json has a value that is no setting of the method", why=why) from None
-        if "alpha" in vars(method):
-            _checked(Scaling, {"alpha": method.alpha}, "adapter_config.json: lora_")
+        for alpha in (vars(part)["alpha"] for part in parts_of(method) if "alpha" in vars(part)):
+            _checked(Scaling, {"alpha": alpha}, "adapter_config.json: lora_")
         return method
     why = (
         f"lorakit.json says that the method is {shown(mine.get('name'))}, adapter_config.json that it is another"
@@ -186,6 +193,23 @@ def _method(config: Mapping[str, Any], side: Mapping[str, Any]) -> Method:
     raise FileError(
         f"peft_type {shown(kind)} is not a method lorakit knows", why=why, fix=f"known: {', '.join(sorted(METHODS))}"
     )
+
+
+def _plainly(form: PeftFormat, config: Mapping[str, Any]) -> bool:
+    """Whether `adapter_config.json` alone says that it is this method."""
+    return not form.only_with_side_file and (form.marked_by is None or bool(config.get(form.marked_by)))
+
+
+def _ours(form: PeftFormat, name: str, value: Any) -> Any:
+    """Give a value of the file as the hyper-parameter `name` has it; one that the method does not know stays as it is."""
+    known = form.values.get(name, {})
+    return known.get(value, value) if isinstance(value, str | int | float | None) else value
+
+
+def _theirs(form: PeftFormat, name: str, value: Any) -> Any:
+    """Give the hyper-parameter `name` as the file has it."""
+    known = form.values.get(name, {})
+    return next((theirs for theirs, ours in known.items() if ours == value), value)
 
 
 @functools.cache

@@ -53,6 +53,11 @@ def start(
         INITS[init](A, B, Start(base, scale, statistics))
 
 
+def starts_zero(init: str) -> str:
+    """Give the factor that the init starts at zero, "A" or "B"; "B" also where it starts neither so."""
+    return str(vars(INITS.module(init)).get("ZERO", "B"))
+
+
 def starts_off_zero(init: str) -> bool:
     """Whether the init's B A is not zero, so that it has to be taken off again (`core/chain.py`)."""
     return bool(vars(INITS.module(init)).get("FROM_BASE", False))

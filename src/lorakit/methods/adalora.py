@@ -9,6 +9,9 @@ layers that need them least, by setting their entry of E to zero, until target_r
 saved are the triplets that are left. s stays that of init_r, as in the authors' code and PEFT, and so does its 1e-5.
 
 Departures from the paper: none in the map; those of the budget are in the controller's file.
+
+When: it is not known which layers need the rank, and the run has some hundred steps in which the budget can fall. It
+costs LoRA's memory at init_r, three times that of the factors for the scores, and a penalty in each step.
 """
 
 from collections.abc import Mapping
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 from ..core.adapter import AdditiveAdapter, Base, PeftFormat, Shape
 from ..core.errors import UsageError
 from ..core.statistics import Statistics
+from ..kernels.low_rank import LowRank
 from ._factors import alpha_or_default, check
 
 START_STD = 0.02
@@ -118,6 +122,11 @@ class AdaLoRAAdapter(AdditiveAdapter):
     def delta_weight(self) -> Tensor:
         """Give s·B·diag(E)·A."""
         return (self.lora_B @ (self.lora_A * self.lora_E)) * self.scale / (self.ranknum + 1e-5)
+
+    def low_rank(self, base: Base) -> LowRank | None:
+        """Give diag(E)·A, B and s; nothing if no triplet is left."""
+        A, scale = self.lora_A * self.lora_E, self.scale / (self.ranknum + 1e-5)
+        return LowRank(A, self.lora_B, scale, self.config.dropout if self.training else 0.0) if len(A) else None
 
     def delta(self, x: Tensor, base: Base) -> Tensor:
         """Give s·B(E·A(dropout(x))), in the dtype the layer computes in."""

@@ -13,6 +13,9 @@ Of it, W A^T is r numbers a row; ‖W_i‖² is read off W each time rather than
 
 Departures from the paper: none. Dropout, as in the authors' code and PEFT, is on the input of all that the adapter
 adds: in training y = W x + (g - 1) W x̃ + g s B A x̃ for g = m / ‖V‖ and x̃ = dropout(x), one mask for both as in PEFT.
+
+When: LoRA of a small rank falls short of full fine-tuning. It costs the norms of all rows, read off W in every
+forward pass, and out numbers a layer more than LoRA; merged it costs nothing.
 """
 
 from collections.abc import Mapping
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 from ..core.adapter import AbstractAdapter, Base, PeftFormat, Shape
 from ..core.errors import UsageError
 from ..core.statistics import Statistics
+from ..kernels.low_rank import LowRank
 from ._factors import alpha_or_default, check, factors, scaling, start, starts_off_zero
 
 AT_ONCE = 1 << 22
@@ -78,6 +82,7 @@ class DoRAAdapter(AbstractAdapter):
     """The factors and the magnitudes of one layer."""
 
     ROLES: ClassVar[Mapping[str, str]] = {"lora_A": "A", "lora_B": "B", "magnitude": "magnitude"}
+    FAST_IN_EMBEDDING: ClassVar[str] = "A"
     scale: Tensor
 
     def __init__(self, config: DoRA, shape: Shape) -> None:
@@ -105,6 +110,12 @@ class DoRAAdapter(AbstractAdapter):
         cross = (weight @ A.to(weight.dtype).T).to(B.dtype)
         squared = own + 2 * s * (B * cross).sum(1) + s.square() * (B @ (A @ A.T) * B).sum(1)
         return squared.clamp_min(torch.finfo(squared.dtype).tiny).sqrt()
+
+    def low_rank(self, base: Base) -> LowRank | None:
+        """Give A, B, s and the gain m / ‖V‖. Dropout is on what is added to the frozen output, so it has no such form."""
+        if self.training and self.config.dropout:
+            return None
+        return LowRank(self.lora_A, self.lora_B, self.scale, gain=self.magnitude / self.norm(base.matrix()))
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         """Add to the frozen layer's output what it lacks to g W x + g s B A x, without its bias."""

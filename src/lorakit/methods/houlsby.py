@@ -15,6 +15,9 @@ and, as the paper does, train the layer norms: modules_to_save=["LayerNorm"] (BE
 Departures from the paper: U and e start at zero instead of near it, so that the start is the base model to the last
 bit. There is a nonlinearity between D and U, so it cannot be merged, and costs two more products per layer at
 inference.
+
+When: results from before LoRA are to be reproduced, or a nonlinear change is wanted. It costs two more products after
+each adapted layer in every pass, for good: it cannot be merged.
 """
 
 from dataclasses import dataclass

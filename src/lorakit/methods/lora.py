@@ -4,6 +4,9 @@ rsLoRA, the scale alpha/sqrt(r). Kalajdzievski 2023, https://arxiv.org/abs/2312.
     W' = W + s·B·A        A: (r, in)   B: (out, r)   s = alpha/r, or alpha/sqrt(r) if rank_stabilized
 
 Departure from the paper: A starts Kaiming-uniform as in the authors' code, not Gaussian; `init="gaussian"` is the paper's.
+
+When: first. It costs r (in + out) numbers a layer, their work until they are merged, and nothing after that. The
+learning rate is about ten times that of full fine-tuning; the rank matters less than adapting all linear layers.
 """
 
 from collections.abc import Mapping
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 from ..core.adapter import AdditiveAdapter, Base, PeftFormat, Shape
 from ..core.chain import Chain
 from ..core.statistics import Statistics
+from ..kernels.low_rank import LowRank
 from ._factors import alpha_or_default, check, factors, scaling, start, starts_off_zero
 
 
@@ -56,6 +60,7 @@ class LoRAAdapter(AdditiveAdapter):
     """The factors A and B of one layer."""
 
     ROLES: ClassVar[Mapping[str, str]] = {"lora_A": "A", "lora_B": "B"}
+    FAST_IN_EMBEDDING: ClassVar[str] = "A"
     scale: Tensor
 
     def __init__(self, config: LoRA, shape: Shape) -> None:
@@ -76,6 +81,10 @@ class LoRAAdapter(AdditiveAdapter):
     def delta_weight(self) -> Tensor:
         """Give s·B·A."""
         return self.scale * (self.lora_B @ self.lora_A)
+
+    def low_rank(self, base: Base) -> LowRank:
+        """Give A, B and s."""
+        return LowRank(self.lora_A, self.lora_B, self.scale, self.config.dropout if self.training else 0.0)
 
     def delta(self, x: Tensor, base: Base) -> Tensor:
         """Give s·B(A(dropout(x))), in the dtype the layer computes in."""

@@ -10,6 +10,9 @@ state is saved).
 Departures from the paper: none in the map. There is no dropout, whose mask is as large as the input that need not be
 kept. An embedding starts with A random too, of variance 1/r, for LoRA's start there (A zero) would leave a frozen A at
 nothing.
+
+When: the activations of long rows do not fit, for the inputs of the layers need not be kept. It costs what the frozen
+A cannot see: the change stays within r random directions of the input, so give it a higher rank.
 """
 
 from collections.abc import Mapping
@@ -23,7 +26,8 @@ from ..core.adapter import AdditiveAdapter, Base, PeftFormat, Shape
 from ..core.chain import Chain
 from ..core.errors import UsageError
 from ..core.statistics import Statistics
-from ._factors import alpha_or_default, check, factors, scaling, start, starts_off_zero
+from ..kernels.low_rank import LowRank
+from ._factors import alpha_or_default, check, factors, scaling, start, starts_off_zero, starts_zero
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +56,12 @@ class LoRAFA:
 
     def __post_init__(self) -> None:
         check(self.r, self.alpha, dropout=0.0)
+        if starts_zero(self.init) == "A":
+            raise UsageError(
+                f"init {self.init!r} and LoRA-FA do not go together",
+                why="it starts A at zero, and A is frozen here: B A would stay zero",
+                fix="take an init that starts B at zero, such as kaiming",
+            )
 
     def at(self, r: int, alpha: float | None) -> "LoRAFA":
         """Give the same with another rank and alpha."""
@@ -88,16 +98,14 @@ class LoRAFAAdapter(AdditiveAdapter):
         else:
             scale, init = float(self.scale), self.config.init
             start(self.lora_A, self.lora_B, init, base, scale=scale, one_hot=False, statistics=statistics)
-        if not self.lora_A.any():
-            raise UsageError(
-                f"init {self.config.init!r} and LoRA-FA do not go together",
-                why="it starts A at zero, and A is frozen here: B A would stay zero",
-                fix="take an init that starts B at zero, such as kaiming",
-            )
 
     def delta_weight(self) -> Tensor:
         """Give s·B·A."""
         return self.scale * (self.lora_B @ self.lora_A)
+
+    def low_rank(self, base: Base) -> LowRank:
+        """Give A, B and s."""
+        return LowRank(self.lora_A, self.lora_B, self.scale)
 
     def delta(self, x: Tensor, base: Base) -> Tensor:
         """Give s·B(A x), in the dtype the layer computes in."""

@@ -11,6 +11,9 @@ network (from its input to its output), which is more than one layer. Beside one
 
 Departures from the paper: the placement, as said. D starts Kaiming-uniform and U at zero as there, so the start is the
 base model to the last bit. It cannot be merged (there is a nonlinearity in it).
+
+When: a nonlinear change of the feed-forward network is wanted and LoRA's rank is not the limit. It costs a bottleneck
+of width m in every pass, for good: it cannot be merged.
 """
 
 import math

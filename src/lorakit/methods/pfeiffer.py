@@ -13,6 +13,9 @@ Departures from the paper: there the adapter reads the output of the layer norm 
 a linear layer; here it reads the layer's own output, before the residual. U and e start at zero, so that the start is
 the base model to the last bit. The fusion of several adapters is not here. It cannot be merged (there is a nonlinearity
 in it).
+
+When: as the one before it, with one bottleneck a block and so half of the cost. It stays beside the model: it cannot
+be merged.
 """
 
 from dataclasses import dataclass

@@ -8,6 +8,9 @@ numbers a layer.
 
 Departures from the paper: none. The parts of a fused projection and embeddings share the pair too, which PEFT does not
 do.
+
+When: many adapters are to be kept, for one is out + r numbers a layer. It costs the work of a high rank in every pass
+until it is merged, and learns less than LoRA on changes that its random directions do not hold.
 """
 
 import math

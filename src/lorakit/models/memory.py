@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.errors import UsageError
+from ..kernels.attention import causal_attention
 from .console import quiet_transformers
+from .fast import presumed, summed
 from .ledger import Ledger, heap_factor
 from .packing import Pattern, explicit_attention, prefers_explicit
 
@@ -72,7 +74,7 @@ def estimate(
     trained_tokens: int | None = None,
     packed: bool = True,
     accumulate: int = 1,
-    optimizer_bytes: float = 8.0,
+    optimizer: int | None = None,
     device: str | torch.device = "cpu",
     runtime: int | None = None,
 ) -> Estimate:
@@ -80,7 +82,7 @@ def estimate(
 
     `model` is a `skeleton` prepared as for training: adapters in place, the rest frozen, checkpointing on or off. A
     generating model computes logits for the `trained_tokens` of a micro-batch (all if None) if `packed`, else for every
-    position. `optimizer_bytes` is the state per trainable parameter (AdamW: two float32). `device` is where it would
+    position. `optimizer`: bytes of its state (None: AdamW's, two float32 a trainable parameter). `device` is where it would
     run, `runtime` the bytes of the bare process (None: of this one, which should have imported what training imports).
     UsageError for a model whose code looks at the values of its input.
     """
@@ -95,7 +97,7 @@ def estimate(
         weights=base,
         adapter=adapter,
         gradients=adapter,
-        optimizer=int(optimizer_bytes * trainable),
+        optimizer=8 * trainable if optimizer is None else optimizer,
         activations=traced.activations,
         logits=traced.logits,
         temporary=max(0, traced.peak - known),
@@ -122,18 +124,18 @@ def _parameter_bytes(model: nn.Module) -> tuple[int, int]:
     return frozen, sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
 
 
-def _forward(model: "PreTrainedModel", rows: int, length: int, trained: int, packed: bool) -> Callable[[], Tensor]:
-    """The forward pass of training, giving the logits (n, classes) of what is trained."""
+def _loss(model: "PreTrainedModel", rows: int, length: int, trained: int, packed: bool) -> Callable[[], Tensor]:
+    """The loss of a step, as training computes it."""
     ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
     if not model.can_generate():
-        return lambda: model(input_ids=ids).logits
+        return lambda: summed(model(input_ids=ids).logits, ids[:, 0])
     kept = torch.zeros(trained, dtype=torch.long, device="meta")
     if packed:
-        row = ids.view(1, -1)
-        inputs = {"input_ids": row, "position_ids": row, "lengths": [length] * rows, "logits_to_keep": kept}
-        return lambda: model(**inputs, use_cache=False).logits[0]
+        fast, row = presumed(model), ids.view(1, -1)
+        inputs = {"input_ids": row, "position_ids": row}
+        return lambda: fast.loss(model, inputs, kept, kept, lengths=[length] * rows)
     decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-    return lambda: model(input_ids=ids, **decoder, use_cache=False).logits.flatten(0, 1)[kept]
+    return lambda: summed(model(input_ids=ids, **decoder, use_cache=False).logits.flatten(0, 1)[kept], kept)
 
 
 @dataclass(slots=True)
@@ -154,13 +156,9 @@ def _trace(model: "PreTrainedModel", rows: int, length: int, trained: int, packe
     formulas = {
         fused: _attention_flops,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward_flops,
+        torch.ops.aten.addmm_: _addmm_flops,  # torch's counter knows only the form that is not in place
     }
     trace, ledger = _Trace(), Ledger(model, heap_factor() if place.type == "cpu" else 1.0)
-
-    def loss(forward: Callable[[], Tensor]) -> Tensor:  # a function: the logits themselves are let go, as in training
-        logits = forward()
-        targets = torch.zeros(logits.shape[0], dtype=torch.long, device="meta")
-        return F.cross_entropy(logits.float(), targets, reduction="sum")
 
     def after_body(*_: Any) -> None:
         trace.activations = ledger.live
@@ -170,7 +168,7 @@ def _trace(model: "PreTrainedModel", rows: int, length: int, trained: int, packe
     try:
         counter = FlopCounterMode(display=False, custom_mapping=formulas)
         with _attention_without_data(model, place) as replaced, ledger, counter:
-            total = loss(_forward(model, rows, length, trained, packed and replaced))
+            total = _loss(model, rows, length, trained, packed and replaced)()
             trace.logits = max(0, ledger.live - trace.activations)
             trace.flops_forward = counter.get_total_flops()
             total.backward()
@@ -223,6 +221,8 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """The shapes of `packed_attention`, or of a padded batch's attention where there are no lengths."""
     explicit = eager
+    if lengths is not None and place.type == "cpu" and softcap is None and not dropout:
+        return causal_attention(query, key, value, lengths, scaling or query.shape[-1] ** -0.5), None
     if lengths is None:
         groups = query.shape[1] // key.shape[1]
         key, value = (t if groups == 1 else t.repeat_interleave(groups, dim=1) for t in (key, value))
@@ -248,6 +248,10 @@ def _attention_flops(q: tuple[int, ...], k: tuple[int, ...], *_: Any, **__: Any)
     """Scores and their product with v: two matrix products of B H T T D multiply-adds."""
     batch, heads, rows, width = q
     return 4 * batch * heads * rows * k[2] * width
+
+
+def _addmm_flops(y: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...], *_: Any, **__: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
 
 
 def _backward_flops(grad: Any, q: tuple[int, ...], k: tuple[int, ...], *_: Any, **__: Any) -> int:

@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.errors import UsageError
+from ..kernels.attention import causal_attention
+from ..kernels.low_rank import applies
 from .console import quiet_transformers
 from .modes import evaluating
 
@@ -123,6 +125,9 @@ def packed_attention(
     if not isinstance(attention_mask, Mask):
         raise UsageError("this model makes its own attention mask, so documents cannot be packed")
     patterns = _patterns(attention_mask, lengths)
+    if _fits_blocks(query, patterns, dropout, softcap):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return causal_attention(query, key, value, lengths, scale), None
     if _fits_one_kernel(query, patterns, dropout, softcap) and (kernel := _varlen_kernel()):
         return _in_one_kernel(kernel, query, key, value, lengths, scaling), None
     parts = [tensor.split(lengths, dim=2) for tensor in (query, key, value)]
@@ -191,6 +196,12 @@ def _bias(pattern: Pattern, rows: int, columns: int, like: Tensor) -> Tensor:
         return like.new_zeros(rows, columns)
     bias = like.new_zeros(allowed.shape).masked_fill(~allowed, torch.finfo(like.dtype).min)
     return bias[:, :, None] if bias.ndim == 4 else bias  # (B, 1, 1, rows, columns): one for all heads
+
+
+def _fits_blocks(query: Tensor, patterns: list[Pattern], dropout: float, softcap: float | None) -> bool:
+    """Whether the documents can be attended to block by block: in training, on a processor, nothing but causal."""
+    plain = not dropout and softcap is None and all(pattern.causal for pattern in patterns)
+    return plain and query.device.type == "cpu" and applies(query)
 
 
 def _fits_one_kernel(query: Tensor, patterns: list[Pattern], dropout: float, softcap: float | None) -> bool:

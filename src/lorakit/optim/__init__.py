@@ -2,17 +2,22 @@
 
 from collections.abc import Iterator
 
+from ..core.adapter import Method
 from ..core.registry import Registry
+from ._base import Accumulating
+from ._probe import refusal
 from .groups import Factors, Groups, OptimSettings, parameter_groups, role, scale_learning_rates, state_bytes
 from .schedules import SCHEDULES, schedule
 
 __all__ = [
     "OPTIMIZERS",
     "SCHEDULES",
+    "Accumulating",
     "Factors",
     "Groups",
     "OptimSettings",
     "parameter_groups",
+    "refuses",
     "role",
     "scale_learning_rates",
     "schedule",
@@ -28,3 +33,8 @@ class _Optimizers(Registry):
 
 
 OPTIMIZERS = _Optimizers("lorakit.optim", "build", "optimizer")
+
+
+def refuses(name: str, settings: OptimSettings, method: Method) -> str | None:
+    """Give the reason why the optimizer `name` cannot train a method, as far as it is known without a model."""
+    return refusal(OPTIMIZERS, name, settings, method)

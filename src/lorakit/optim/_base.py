@@ -3,12 +3,28 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from .groups import Groups, OptimSettings
+
+
+@runtime_checkable
+class Accumulating(Protocol):
+    """An optimizer that sums the gradients of a step's micro-batches in a form of its own, if there are several.
+
+    What is summed belongs to a step under way: no checkpoint holds it, and `zero_grad` forgets it.
+    """
+
+    def take(self) -> None:
+        """Add the gradients of a micro-batch to the sum and free them: after each backward pass."""
+        ...
+
+    def give(self) -> None:
+        """Put the sum into the gradients: after the last micro-batch, before they are looked at."""
+        ...
 
 
 class Optimizer(torch.optim.Optimizer, ABC):
@@ -47,6 +63,16 @@ def adam_direction(state: dict[str, Any], gradient: Tensor, group: dict[str, Any
     square = state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
     root = square.sqrt().div_(math.sqrt(1 - beta2 ** state["step"])).add_(group["eps"])
     return mean / (1 - beta1 ** state["step"]) / root
+
+
+def adam_bytes(parameter: Tensor) -> int:
+    """Give the bytes that `adam_direction` keeps for the gradient of a parameter."""
+    return 2 * parameter.nbytes
+
+
+def torch_adamw_bytes(groups: Groups) -> int:
+    """Give the bytes that torch's AdamW keeps: two means of each parameter and a count in fp32."""
+    return sum(adam_bytes(p) + 4 for group in groups for _, p in group["params"])
 
 
 def adamw(parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:

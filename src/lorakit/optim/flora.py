@@ -18,13 +18,17 @@ least `rank` and its long side at most 4 times that, which leaves out embeddings
 Adafactor with plain momentum. beta1 is `betas[0]`; at 0 there is no momentum and this is transformers'
 `Adafactor(relative_step=False)`. `betas[1]` and `eps` are not used.
 
-`Accumulation` is the paper's other use: the sum of gradients over micro-batches, compressed.
+The sum of gradients over the micro-batches of a step is compressed too (`Accumulation`, the paper's other use), with
+projections of its own, so that it costs rank·max(n, m) numbers between them instead of n m.
+
+When: all weights are to be trained with the least optimizer state, or gradients are accumulated over many
+micro-batches. It costs drawing a random matrix a weight and step, and noise that falls with `rank`.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -33,6 +37,7 @@ from ..core.errors import UsageError
 from ._base import Optimizer
 from .groups import Groups, OptimSettings
 
+OTHER_SEED = 0x2545F491  # tells the projections of the sums from those of the momentum
 ASPECT = 4  # compressed up to this ratio of the sides
 TINY, LEAST_SCALE = 1e-30, 1e-3  # Adafactor's two epsilons
 KINDS = ("cpu", "cuda", "mps", "xpu")  # of devices, as numbers in the state: load_state_dict takes texts apart
@@ -47,6 +52,7 @@ class Options:
     clip: largest root mean square of an update
     decay: exponent of the second moment's decay rate
     scale_parameter: make rates relative to the size of the weights
+    compress: compress the sum of the gradients of several micro-batches too
     seed: of the projections
     """
 
@@ -55,6 +61,7 @@ class Options:
     clip: float = 1.0
     decay: float = -0.8
     scale_parameter: bool = True
+    compress: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -76,7 +83,19 @@ def build(groups: Groups, settings: OptimSettings) -> torch.optim.Optimizer:
             f"optim.options.rank = {options.rank}; the longest is {max(sides, default=0)}",
             fix="lower optim.options.rank, or train weights in full: method.modules_to_save",
         )
-    return Flora(groups, settings, options)
+    return (SummingFlora if options.compress else Flora)(groups, settings, options)
+
+
+def planned_bytes(groups: Groups, settings: OptimSettings) -> int:
+    """Give the bytes of the state that this optimizer will keep between steps."""
+    rank = Options(**(settings.options or {})).rank
+
+    def of(p: Tensor) -> int:
+        square = p.numel() if p.dim() < 2 else p.numel() // p.shape[-1] + p.numel() // p.shape[-2]
+        mean = rank * max(p.shape) if compressible(p.shape, rank) else p.numel()
+        return (square + (mean if settings.betas[0] > 0 else 0)) * max(p.element_size(), 4)
+
+    return sum(of(p) for group in groups for _, p in group["params"])
 
 
 def compressible(shape: Sequence[int], rank: int) -> bool:
@@ -193,6 +212,31 @@ class Accumulation:
 
     def _projection(self, index: int, like: Tensor) -> Tensor:
         return projection(self.seed, index, self.step, self.parameters[index].shape, self.rank, like)
+
+
+@final
+class SummingFlora(Flora):
+    """Flora that also compresses the sum of a step's gradients (`_base.Accumulating`)."""
+
+    def __init__(self, groups: Groups, settings: OptimSettings, options: Options) -> None:
+        super().__init__(groups, settings, options)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        # Other projections than the momentum's: P compressed by itself again would not be the identity on average.
+        self.accumulation = Accumulation(parameters, options.rank, options.seed ^ OTHER_SEED)
+
+    def take(self) -> None:
+        """Add the gradients to their compressed sums and free them; the number of the step is in the optimizer's state."""
+        self.accumulation.step = max((state.get("step", 0) for state in self.state.values()), default=0)
+        self.accumulation.take()
+
+    def give(self) -> None:
+        """Put the sums into the gradients."""
+        self.accumulation.give()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients and their sums."""
+        self.accumulation.sums = {}
+        super().zero_grad(set_to_none)
 
 
 def _normalised(gradient: Tensor, state: dict[str, Any], decay: float) -> Tensor:

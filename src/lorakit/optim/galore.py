@@ -9,6 +9,9 @@ of a LoRA have no smaller subspace worth the name, unless `rank` is below theirs
 `rank`, and all that are no matrices, are trained by AdamW.
 
 As in the authors' code the means are kept as they are when P changes, although they belong to the old subspace.
+
+When: all weights are to be trained with less optimizer state. It costs a singular value decomposition of each
+gradient every `refresh` steps; the weights and their gradients stay as large as in full fine-tuning.
 """
 
 from dataclasses import dataclass
@@ -18,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import UsageError
-from ._base import Optimizer, adam_direction, adamw
+from ._base import Optimizer, adam_bytes, adam_direction, adamw
 from .groups import Groups, OptimSettings
 
 
@@ -56,6 +59,23 @@ def build(groups: Groups, settings: OptimSettings) -> torch.optim.Optimizer:
     return GaLore(groups, settings, options)
 
 
+def planned_bytes(groups: Groups, settings: OptimSettings) -> int:
+    """Give the bytes of the state that this optimizer will keep: P and the means of R, AdamW's for the rest."""
+    options = Options(**(settings.options or {}))
+    means = 2 if options.inner == "adam" else int(settings.betas[0] > 0)
+
+    def of(p: Tensor) -> int:
+        if not _projected(p, options.rank):
+            return adam_bytes(p)
+        return options.rank * (min(p.shape) + means * max(p.shape)) * p.element_size()
+
+    return sum(of(p) for group in groups for _, p in group["params"])
+
+
+def _projected(p: Tensor, rank: int) -> bool:
+    return p.dim() == 2 and min(p.shape) >= rank
+
+
 class GaLore(Optimizer):
     """Low-rank updates for matrices, AdamW for everything else."""
 
@@ -67,7 +87,7 @@ class GaLore(Optimizer):
         """Take one step."""
         for group in self.param_groups:
             for p in group["params"]:
-                if p.dim() != 2 or min(p.shape) < self.options.rank:
+                if not _projected(p, self.options.rank):
                     adamw(p, self.state[p], group)
                 elif p.grad is not None:
                     p.mul_(1 - group["lr"] * group["weight_decay"])

@@ -97,8 +97,9 @@ def parameter_groups(
     """Give the groups for a torch optimizer: every trainable parameter of `model` in exactly one, in a fixed order.
 
     The rate is `settings.lr`, times `settings.b_ratio` for the factor that starts at zero. That is B, except in an
-    embedding: there A starts at zero and B at random (the input is one-hot, so no sum over A's columns blurs its
-    gradient), the two exchange their parts, and A is the fast one. Roles not in `decayed` get no weight decay.
+    embedding with LoRA: there A starts at zero and B at random (the input is one-hot, so no sum over A's columns blurs
+    its gradient), the two exchange their parts, and A is the fast one. A method declares it (`FAST_IN_EMBEDDING`);
+    LoRA-FA and VeRA train their B there too. Roles not in `decayed` get no weight decay.
     Each group also holds its `role`, its `param_names` and its `initial_lr`. Raises UsageError if nothing is trainable.
     """
     members = list(_members(model, adapter_name))
@@ -152,10 +153,11 @@ def _members(model: nn.Module, adapter_name: str) -> Iterator[_Member]:
     declared: dict[int, tuple[str, bool]] = {}  # id of the parameter -> (role, fast)
     for _, layer, adapter in adapters(model, adapter_name):
         if isinstance(layer, Kind) and isinstance(adapter, AbstractAdapter):
-            zero_factor = "A" if layer.shape().one_hot else "B"
+            one_hot = layer.shape().one_hot
             for name, parameter in adapter.named_parameters():
-                kind = role(name, adapter)
-                declared.setdefault(id(parameter), (kind, kind == zero_factor))
+                kind, owner = role(name, adapter), adapter.get_submodule(name.rpartition(".")[0])
+                fast = owner.FAST_IN_EMBEDDING if one_hot and isinstance(owner, AbstractAdapter) else "B"
+                declared.setdefault(id(parameter), (kind, kind == fast))
     for module in model.modules():  # what is left is trained in full
         for leaf, parameter in module.named_parameters(recurse=False):
             declared.setdefault(id(parameter), (_full_role(module, leaf), False))

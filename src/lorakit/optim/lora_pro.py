@@ -15,6 +15,9 @@ step.
     adam: false   plain descent. No state at all.
 
 What is not a factor is trained by AdamW.
+
+When: a LoRA is to follow full fine-tuning as nearly as it can. It costs, with `adam`, two numbers for each weight of
+the adapted layers, which is the memory LoRA saves; without it an r x r equation a layer and step.
 """
 
 from dataclasses import dataclass
@@ -23,9 +26,11 @@ import torch
 from torch import Tensor
 
 from ..core.errors import UsageError
-from ._base import Optimizer, adam_direction, adamw
+from ._base import Optimizer, adam_bytes, adam_direction, adamw
 from ._pairs import pairs
 from .groups import Factors, Groups, OptimSettings
+
+BY_METHOD = True  # what it refuses is known from the method, whatever the layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +50,14 @@ def build(groups: Groups, settings: OptimSettings) -> torch.optim.Optimizer:
         why = "A and B take one step of the full weight together"
         raise UsageError("optim.name: lora_pro has one rate for A and B", why=why, fix="leave optim.b_ratio at 1")
     return LoRAPro(groups, factors, settings, adam=Options(**(settings.options or {})).adam)
+
+
+def planned_bytes(groups: Groups, settings: OptimSettings) -> int:
+    """Give the bytes of the state that this optimizer will keep: with `adam`, two means (out, in) for each pair."""
+    paired = {id(p) for f in groups.factors for p in (f.A, f.B)}
+    others = sum(adam_bytes(p) for group in groups for _, p in group["params"] if id(p) not in paired)
+    full = sum(2 * len(f.B) * f.A.shape[1] * f.B.element_size() for f in groups.factors)
+    return others + (full if Options(**(settings.options or {})).adam else 0)
 
 
 def adjusted(A: Tensor, B: Tensor, g_A: Tensor, g_B: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,9 @@ AdamW's rates carry over. One number per entry is kept instead of AdamW's two.
 
 Only matrices of the roles A and B are moved so; heads, weights trained in full, magnitudes and biases are trained by
 AdamW.
+
+When: half of AdamW's state is to go, or the factors' updates are dominated by a few directions. It costs five
+products of r x r and r x in matrices a factor and step.
 """
 
 import math
@@ -20,9 +23,10 @@ import torch
 from torch import Tensor
 
 from ..core.errors import UsageError
-from ._base import Optimizer, adamw
+from ._base import Optimizer, adam_bytes, adamw
 from .groups import Groups, OptimSettings
 
+BY_METHOD = True  # what it refuses is known from the method, whatever the layers
 QUINTIC = (3.4445, -4.7750, 2.0315)  # steep at zero; does not converge to 1 but stays near it
 
 
@@ -49,9 +53,15 @@ class Options:
 def build(groups: Groups, settings: OptimSettings) -> torch.optim.Optimizer:
     """Make the optimizer. Raises UsageError if no matrix is a factor A or B."""
     if not any(_is_factor(p, group) for group in groups for _, p in group["params"]):
-        why = "it makes the updates of the factors A and B orthogonal, and this adapter has none"
+        why = "it makes the updates of the factors A and B orthogonal, and this adapter has none that are matrices"
         raise UsageError("optim.name: muon has nothing to work on", why=why, fix="optim.name: adamw")
     return Muon(groups, settings, Options(**(settings.options or {})))
+
+
+def planned_bytes(groups: Groups, settings: OptimSettings) -> int:
+    """Give the bytes of the state that this optimizer will keep: the momentum of each factor, AdamW's for the rest."""
+    members = [(p, group) for group in groups for _, p in group["params"]]
+    return sum(p.nbytes if _is_factor(p, group) else adam_bytes(p) for p, group in members)
 
 
 def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:

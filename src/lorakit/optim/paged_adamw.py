@@ -2,6 +2,9 @@
 
 bitsandbytes' `PagedAdamW32bit`: the updates of AdamW. The states of an adapter are small; it matters where most of the
 memory is activations of long rows, or modules are trained in full. On a processor there is nothing to page to.
+
+When: the optimizer's state does not fit beside the activations on an NVIDIA GPU, mostly with modules trained in full.
+It costs the transfer of what is paged out, and nothing while it fits.
 """
 
 import importlib.util
@@ -10,7 +13,7 @@ from typing import Any
 import torch
 
 from ..core.errors import UsageError
-from .groups import OptimSettings
+from .groups import Groups, OptimSettings
 
 
 def build(groups: list[dict], settings: OptimSettings) -> torch.optim.Optimizer:
@@ -27,6 +30,11 @@ def build(groups: list[dict], settings: OptimSettings) -> torch.optim.Optimizer:
     from bitsandbytes.optim import PagedAdamW32bit
 
     return make(PagedAdamW32bit, groups, settings)
+
+
+def planned_bytes(groups: Groups, settings: OptimSettings) -> int:
+    """Give the bytes of the state that this optimizer will keep: two means of each parameter in fp32, which can be paged."""
+    return sum(8 * p.numel() for group in groups for _, p in group["params"])
 
 
 def make(cls: type[torch.optim.Optimizer], groups: list[dict], settings: OptimSettings) -> torch.optim.Optimizer:

@@ -5,6 +5,9 @@ https://arxiv.org/abs/2402.02347
 
 It is steepest descent in a metric on the pairs (A, B) under which it does not matter how B A is split into its
 factors. The two r x r matrices are all it costs: there is no state beyond AdamW's. The default of `reg` is PEFT's.
+
+When: the learning rate of LoRA is hard to find, or the two factors are of very different sizes. It costs two r x r
+solves a layer and step, and no memory beyond AdamW's.
 """
 
 from dataclasses import dataclass
@@ -14,8 +17,11 @@ import torch
 from torch import Tensor
 
 from ..core.errors import UsageError
+from ._base import torch_adamw_bytes
 from ._pairs import before_each_step, pairs
 from .groups import Factors, Groups, OptimSettings
+
+BY_METHOD = True  # what it refuses is known from the method, whatever the layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +41,11 @@ def build(groups: Groups, settings: OptimSettings) -> torch.optim.Optimizer:
     reg = Options(**(settings.options or {})).reg
     adamw = torch.optim.AdamW(list(groups), lr=settings.lr, betas=settings.betas, eps=settings.eps)
     return before_each_step(adamw, partial(_scale_all, factors, reg))
+
+
+def planned_bytes(groups: Groups, settings: OptimSettings) -> int:
+    """Give the bytes of the state that this optimizer will keep: AdamW's."""
+    return torch_adamw_bytes(groups)
 
 
 def scaled(A: Tensor, B: Tensor, g_A: Tensor | None, g_B: Tensor | None, reg: float) -> list[Tensor | None]:

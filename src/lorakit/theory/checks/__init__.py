@@ -1,0 +1,1 @@
+"""Closed forms against what the machine computes: one function a check, collected in `selftest.py`."""

@@ -1,0 +1,63 @@
+"""Every threshold a judgement or an alarm rests on, in one place, with the runs that it was calibrated on.
+
+They separate runs that trained well from runs that did not on those runs, and prove nothing about others: what rests on them is
+a `HEURISTIC`. `benchmarks/diagnostics_study.py` runs all of them again and says which fired where they should not have.
+
+The character GPT: 165k parameters, LoRA of rank 16 (alpha 32, AdamW, 300 steps), seven runs of rates from 1e-3 to 1e-1 and one
+on 3k characters, one or two seeds each.
+"""
+
+from dataclasses import dataclass
+
+_GPT = "seven runs of a character GPT of 165k parameters"
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Where a judgement begins (`value`), where an alarm that rests on it ends again (`clear`), and what set them.
+
+    Above or below is told apart by the two: an alarm for large values clears at a smaller one.
+    """
+
+    value: float
+    clear: float
+    calibrated: str
+
+    def crossed(self, measured: float) -> bool:
+        """Whether `measured` lies on the side of the alarm; NaN does not."""
+        return measured > self.value if self.clear <= self.value else measured < self.value
+
+    def cleared(self, measured: float) -> bool:
+        """Whether `measured` lies on the good side of `clear`; NaN does not."""
+        return measured < self.clear if self.clear <= self.value else measured > self.clear
+
+
+OVERFIT_STRENGTH = Threshold(0.7, 0.8, f"{_GPT}: best strength 0.25 of the overfit run, 0.9 to 1.0 of the others")
+UNDERTRAINED_STRENGTH = Threshold(1.1, 1.05, f"{_GPT}: none of the finished runs was above 1.0")
+OVERFIT_SLOPE = Threshold(0.3, 0.15, f"{_GPT}: held-out dL/dγ 1.73 of the overfit run, -0.04 to 0.11 of the others")
+GAIN_RATIO = Threshold(0.5, 0.65, f"{_GPT}: .98 .95 .95 .89 of the good rates, .56 and .24 of those too high")
+SHARPNESS = Threshold(
+    1.0, 0.8, "a quadratic with momentum, stable at 37.9/lr and diverging at 38.1/lr; arXiv 2207.14484"
+)
+MISMATCH = {
+    "float32": Threshold(1e-3, 5e-4, "an identity: rounding alone, 1e-6 on SmolLM2-135M in float32"),
+    "bfloat16": Threshold(5e-2, 3e-2, "an identity: rounding alone, below 1e-2 on SmolLM2-135M in bfloat16"),
+}
+LEAST_CHANGE = {"float32": 1e-5, "bfloat16": 1e-3}
+"""Expected change of the loss, relative to it, below which rounding decides what is measured of it."""
+FIRST_UPDATE = Threshold(
+    1e-2, 5e-3, "||ΔW_1|| over ||W||: a single step that moves a matrix by a hundredth; a rule of thumb"
+)
+INERT_UPDATE = Threshold(1e-6, 2e-6, "||ΔW|| of a step over ||W||: below what bfloat16 keeps of it; a rule of thumb")
+BATCH_OVER_NOISE = Threshold(
+    2.0, 1.5, "rows of a step over the noise scale; arXiv 1812.06162, an order of magnitude only"
+)
+BITS_PER_PARAMETER = Threshold(2.0, 1.8, "bits a run wrote per trained number; about 2 is what is said of full models")
+AMPLE_BITS = 0.1
+"""Below this many bits a parameter the rank is no limit."""
+CAPTURED = 0.9
+"""Share of the reproducible gradient that the advised rank must follow: on three small tasks that share of the gradient gave
+.78 to .91 of the gain of rank 32 (`benchmarks/diagnostics_study.py` measures it again)."""
+LIKELY_RANKS = (1, 2, 4, 8, 16, 32, 64)
+GIVE_UP = 0.1
+"""Share of the gain that a weaker adapter may give up for less forgetting, in what is proposed."""
