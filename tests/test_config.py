@@ -83,7 +83,7 @@ def run_configs(draw: st.DrawFn) -> RunConfig:
             keys["controller"] = st.none() | st.sampled_from(sorted(CONTROLLERS))
         made[section] = cls(**draw(st.fixed_dictionaries(required, optional=keys)))
     name = draw(st.sampled_from(sorted(METHODS)))
-    keys = {k.name: values(k.hint) for k in section_keys("method", name).values() if k.name != "name"}
+    keys = {k.name: values(k.hint) for k in section_keys("method", name).values() if k.name not in ("name", "parts")}
     drawn = draw(st.fixed_dictionaries({}, optional=keys))
     shared = {
         key: drawn.pop(key)
@@ -616,7 +616,7 @@ def test_own_settings_come_from_the_dataclass_of_the_file(line: str, key: str, v
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("train: {controller: col}", "/train/controller: must be one of adalora, cola, plora, relora"),
+        ("train: {controller: col}", "/train/controller: must be one of adalora, cola, molora, plora, relora"),
         ("train: {controller: {name: col}}", "unknown controller 'col'"),
         ("train: {controller: {links: 2}}", "a controller needs a name"),
         ("train: {controller: {name: cola, lnks: 2}}", "cola has no setting 'lnks'"),
@@ -634,6 +634,38 @@ def test_own_settings_that_are_wrong_are_named_with_their_line(line: str, messag
     (problem,) = problems(text)
     assert message in problem
     assert problem.startswith("train.yaml:")
+
+
+STACKS = [
+    ("[{name: lora, r: 4}, {name: houlsby}]", None),
+    ("[{name: lora}]", "needs at least two methods, not 1"),
+    ("[{name: lora, rr: 3}, {name: bitfit}]", "lora has no setting 'rr'; did you mean 'r'?"),
+    ("[{name: lora, r: x}, {name: bitfit}]", "lora.r: Input should be a valid integer; it is 'x'"),
+    ("[{name: lora, r: 0}, {name: bitfit}]", "r must be at least 1, not 0"),
+    ("[{name: lora, init: nix}, {name: bitfit}]", "unknown init 'nix'"),
+    ("[{name: lora, init: eva}, {name: bitfit}]", "goes by the one rank of a layer"),
+    ("[{name: lorra}, {name: bitfit}]", "unknown method 'lorra'; did you mean 'lora'?"),
+    ("[{r: 4}, {name: bitfit}]", "a part of a stack needs a name"),
+    ("[1, 2]", "1 is no method"),
+    ("[{name: stack}, {name: lora}]", "list its parts"),
+    ("[{name: houlsby}, {name: lora}]", "LoRA cannot come after Houlsby; it changes the layer's matrix"),
+    ("[{name: adalora}, {name: molora, top_k: 1}]", "each has a controller of its own"),
+]
+
+
+@pytest.mark.parametrize(("parts", "message"), STACKS)
+def test_the_parts_of_a_stack_are_read_checked_and_written(parts: str, message: str | None) -> None:
+    text = f"{MINIMAL}method: {{name: stack, parts: {parts}}}\n"
+    if message is None:
+        found = config(text)
+        stack = METHODS["stack"]([METHODS["lora"](r=4), METHODS["houlsby"]()])
+        assert found.method.config == stack
+        assert loads(dump(found))[0] == found
+        assert accepts(SCHEMA, json.loads(json.dumps(as_tree(found))))
+    else:
+        (problem,) = problems(text)
+        assert message in problem
+        assert problem.startswith("train.yaml:3  /method/")
 
 
 def test_one_setting_of_a_controller_can_be_overridden() -> None:

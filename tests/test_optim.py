@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import lorakit as lk
+from lorakit.core.adapter import Shape
 from lorakit.core.errors import UsageError
+from lorakit.core.start import needs
 from lorakit.optim import OPTIMIZERS, SCHEDULES, parameter_groups, role, scale_learning_rates, schedule
 
 
@@ -78,6 +80,23 @@ def test_in_an_embedding_a_starts_at_zero_and_is_the_fast_factor() -> None:
     torch.testing.assert_close(a[1][used], -16 * 1e-2 * a[2][used].sign(), rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("name", sorted(name for name in lk.METHODS if not needs(lk.METHODS[name]())))
+def test_the_fast_factor_in_an_embedding_is_the_one_that_starts_at_zero(name: str) -> None:
+    """What the methods declare against their start itself: A for LoRA, B for LoRA-FA (its A is frozen) and VeRA."""
+    fields = lk.METHODS[name].__dataclass_fields__
+    torch.manual_seed(0)
+    try:
+        method = lk.METHODS[name](**({"r": 2} if "r" in fields and "init_r" not in fields else {}))
+        model = lk.attach(Net(), method, target_modules=["embed"])
+    except UsageError as refusal:
+        pytest.skip(str(refusal))
+    factors = [g for g in parameter_groups(model, "default", Settings(b_ratio=16.0)) if g["role"] in ("A", "B")]
+    zero = {g["role"] for g in factors if not any(p.any() for _, p in g["params"])}
+    fast = {g["role"] for g in factors if g["lr"] == 16e-2}
+    assert fast == zero or not zero  # AdaLoRA starts both at random and E at zero
+    assert fast == {"lora": {"A"}, "lora_fa": {"B"}, "vera": {"B"}}.get(name, fast)
+
+
 def test_ratio_one_is_plain_adamw() -> None:
     settings = Settings(weight_decay=0.1, eps=1e-8)
     ours = stepped(net(), settings, steps=5)
@@ -132,8 +151,8 @@ def test_a_shared_parameter_is_in_one_group() -> None:
 
 @pytest.mark.parametrize("name", sorted(lk.METHODS))
 def test_every_method_declares_a_known_role_for_every_parameter(name: str) -> None:
-    model = lk.attach(Net(), lk.METHODS[name](), target_modules=["up"])
-    parts = [(n, a) for _, _, a in lk.adapters(model, "default") for n, _ in a.named_parameters()]
+    adapter = lk.METHODS[name]().build(Shape(8, 8))
+    parts = [(n, adapter) for n, _ in adapter.named_parameters()]
     assert parts
     assert {role(n, a) for n, a in parts} <= {"A", "B", "magnitude", "bias", "base", "other", "frozen"}
 

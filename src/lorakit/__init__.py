@@ -1,7 +1,8 @@
 """lorakit: train, understand and ship low-rank adapters.
 
 Importing this imports nothing: each name brings its module (torch and nothing heavier, for most) when it is first used,
-so that `lorakit --help` does not wait for torch.
+so that `lorakit --help` does not wait for torch. Every method's dataclass is here too, by the name it has: `lk.DoRA` is
+that of `methods/dora.py`, `lk.LoRAFA` that of `methods/lora_fa.py`.
 """
 
 import importlib
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import train
+    from .combine.mixture import mixture
     from .core.adapter import AbstractAdapter, AdditiveAdapter, Method
     from .core.attach import active, adapters, attach, detach, disabled, names, trainable, use
     from .core.calibrate import calibrate
@@ -40,6 +42,7 @@ __all__ = [
     "disabled",
     "load",
     "merge",
+    "mixture",
     "names",
     "quantize",
     "save",
@@ -52,6 +55,7 @@ __all__ = [
 
 _MODULES = {
     "api": ("train",),
+    "combine.mixture": ("mixture",),
     "core.adapter": ("AbstractAdapter", "AdditiveAdapter", "Method"),
     "core.attach": ("active", "adapters", "attach", "detach", "disabled", "names", "trainable", "use"),
     "core.calibrate": ("calibrate",),
@@ -68,12 +72,24 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    value = vars(importlib.import_module(f".{_HOME[name]}", __name__))[name] if name in _HOME else _method(name)
+    if value is None:
         raise AttributeError(f"module 'lorakit' has no attribute {name!r}")
-    value = vars(importlib.import_module(f".{_HOME[name]}", __name__))[name]
     globals()[name] = value
     return value
 
 
+def _method(name: str) -> Any:
+    """Give the method whose dataclass has this name, or None. Of all files only the one of that name is imported."""
+    from .core.registry import METHODS
+
+    for file in METHODS:
+        if file.replace("_", "") == name.lower() and METHODS[file].__name__ == name:
+            return METHODS[file]
+    return None
+
+
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    from .core.registry import METHODS
+
+    return sorted({*globals(), *__all__, *(method.__name__ for method in METHODS.values())})

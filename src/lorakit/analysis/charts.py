@@ -52,9 +52,10 @@ def chart(
     log: bool = False,
     zero: bool = True,
     label: Callable[[float], str] | None = None,
+    over: str = "step",
     css: str = "",
 ) -> str:
-    """Draw series over the step as one HTML figure; an empty string if there is no point to draw.
+    """Draw series over the step (or another counter, `over`) as one HTML figure; an empty string if there is no point to draw.
 
     log: logarithmic values; points that are not positive are left out. zero: let a linear axis begin at zero.
     label: how to write a value.
@@ -71,12 +72,13 @@ def chart(
     x_ticks = "".join(f'<span style="left:{100 * x.at(t):.2f}%">{t:,.0f}</span>' for t in x.ticks)
     data = {
         "x": [x.low, x.high],
+        "over": over,
         "series": [
             {"name": s.name, "color": s.color, "x": [round(v) for v in s.x], "y": [label(v) for v in s.y]}
             for s in series
         ],
     }
-    aria = f"{title} over steps {x.low:,.0f} to {x.high:,.0f}. {spoken}"
+    aria = f"{title} over {over}s {x.low:,.0f} to {x.high:,.0f}. {spoken}"
     unit = f' <span class="unit">{escape(unit)}</span>' if unit else ""
     return (
         f'<figure class="chart {css}"><figcaption><b>{escape(title)}</b>{unit}</figcaption>'

@@ -14,7 +14,7 @@ for (const plot of document.querySelectorAll('[data-chart]')) {
   const show = index => {
     at = index;
     const step = steps[index], left = (step - low) / (high - low);
-    const lines = ['step ' + step.toLocaleString('en')];
+    const lines = [data.over + ' ' + step.toLocaleString('en')];
     for (const s of data.series) {
       const i = nearest(s.x, step);
       if (s.x[i] === step) lines.push(s.name + '  ' + s.y[i]);

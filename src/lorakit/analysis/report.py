@@ -9,6 +9,7 @@ from .. import __version__
 from ..core.errors import UsageError
 from ..core.files import atomic_write
 from .charts import percent, short
+from .report_diagnostics import diagnostics
 from .report_page import page
 from .report_sections import adapter, charts, evaluations, file_size, loss, samples, settings, swatch
 from .run_files import Run, read_runs
@@ -43,6 +44,7 @@ def render(paths: Sequence[Path]) -> str:
     body = [
         loss(runs),
         charts(runs),
+        diagnostics(runs),
         evaluations(one) if one else "",
         samples(runs),
         adapter(one.adapter) if one and one.adapter else "",

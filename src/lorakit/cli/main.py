@@ -10,7 +10,30 @@ from collections.abc import Sequence
 import typer
 
 from .. import __version__
-from . import chat, data, doctor, evaluate, generate, init, inspect, merge, plan, quickstart, report, schema, train
+from . import (
+    advise,
+    bench,
+    chat,
+    compare,
+    compress,
+    data,
+    doctor,
+    evaluate,
+    extract,
+    generate,
+    init,
+    inspect,
+    merge,
+    merge_check,
+    plan,
+    quickstart,
+    report,
+    schema,
+    selftest,
+    sharpness,
+    strength,
+    train,
+)
 from .errors import exit_code, show
 from .machine import wait_politely
 from .output import set_verbosity
@@ -26,14 +49,23 @@ COMMANDS = (
     ("quickstart", quickstart.quickstart, ()),
     ("init", init.init, ()),
     ("plan", plan.plan, ()),
+    ("advise", advise.advise, ()),
     ("train", train.train, ("finetune", "sft")),
     ("eval", evaluate.evaluate, ("evaluate",)),
     ("generate", generate.generate, ("infer",)),
     ("chat", chat.chat, ()),
     ("merge", merge.merge, ("fuse", "merge-lora")),
     ("inspect", inspect.inspect, ()),
+    ("strength", strength.strength, ()),
+    ("sharpness", sharpness.sharpness, ()),
+    ("merge-check", merge_check.merge_check, ()),
+    ("compress", compress.compress, ()),
+    ("compare", compare.compare, ()),
+    ("extract", extract.extract, ()),
     ("report", report.report, ()),
+    ("bench", bench.bench, ()),
     ("doctor", doctor.doctor, ()),
+    ("selftest", selftest.selftest, ()),
     ("schema", schema.schema, ()),
 )
 FREE_FORM = {"allow_extra_args": True, "ignore_unknown_options": True}

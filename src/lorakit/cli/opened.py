@@ -92,7 +92,7 @@ def open_model(
     chosen = base or base_of(adapter)
     if not quiet():
         note(f"adapter {adapter} on {chosen}")
-    _check_base(adapter, side, chosen, named=base is not None)
+    check_base(adapter, side, chosen, named=base is not None)
     task = "causal" if labels is None else "classification"
     loaded = load(chosen, task=task, labels=labels, dtype=dtype, prepare=_as_trained(adapter, side, plain))
     load_adapter(loaded.model, adapter, ADAPTER)
@@ -119,7 +119,7 @@ def _as_trained(
     return prepare
 
 
-def _check_base(adapter: Path, side: dict[str, Any], chosen: str, *, named: bool) -> None:
+def check_base(adapter: Path, side: dict[str, Any], chosen: str, *, named: bool) -> None:
     """Refuse a base whose weights are not those the adapter was trained on; one that was named on purpose gets a note."""
     from ..models.directory import fingerprint
     from ..models.resolve import resolve

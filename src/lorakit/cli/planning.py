@@ -106,9 +106,18 @@ def requirement(config: "RunConfig", data: "Dataset", model: Any) -> "Estimate":
         trained_tokens=round(rows * length * share) if data.labels is None else None,
         packed=data.labels is None,
         accumulate=config.train.accumulate,
+        optimizer=_optimizer_bytes(config, model),
         device=pick_device(),
     )
     return replace(need, weights=need.weights - _saved_by_quantizing(config, model))
+
+
+def _optimizer_bytes(config: "RunConfig", model: Any) -> int:
+    """Give the bytes that the optimizer says its state will take."""
+    from ..optim import OPTIMIZERS, parameter_groups
+
+    groups = parameter_groups(model, ADAPTER, config.optim)
+    return vars(OPTIMIZERS.module(config.optim.name))["planned_bytes"](groups, config.optim)
 
 
 def _saved_by_quantizing(config: "RunConfig", model: Any) -> int:
@@ -168,6 +177,7 @@ def adapted_skeleton(config: "RunConfig", data: "Dataset", path: Any) -> tuple[A
     from ..core.summary import summary
     from ..core.target import Target
     from ..models.skeleton import skeleton
+    from ..train.start import with_experts
 
     classify = data.labels is not None
     task = "classification" if classify else "causal"
@@ -177,7 +187,8 @@ def adapted_skeleton(config: "RunConfig", data: "Dataset", path: Any) -> tuple[A
         body = f"{model.base_model_prefix}."
         head = {name.rpartition(".")[0] for name, _ in model.named_parameters() if not name.startswith(body)}
         fields["modules_to_save"] = sorted({*(fields["modules_to_save"] or ()), *head})
-    place(model, config.method.config, Target(**fields), ADAPTER)  # not `attach`: start values need weights
+    method, target, _ = with_experts(model, config.method.config, Target(**fields))
+    place(model, method, target, ADAPTER)  # not `attach`: start values need weights
     trainable(use(model, ADAPTER), ADAPTER)
     return model, summary(model, ADAPTER)
 

@@ -14,10 +14,11 @@ from ..bases import FORMATS
 from ..core.adapter import Method
 from ..core.errors import UsageError
 from ..core.registry import METHODS
+from ..core.settings import own_settings
+from ..core.stack import settings_of
 from ..core.target import Target
 from ..optim import OPTIMIZERS, SCHEDULES
 from .controllers import CONTROLLERS
-from .own_settings import own_settings
 
 Count = Annotated[int, Ge(1)]
 Positive = Annotated[float, Gt(0)]
@@ -132,6 +133,8 @@ class TrainOptions:
     checkpointing: recompute activations in the backward pass, which saves memory and costs time
     keep_checkpoints: how many of the newest checkpoints stay on disk
     track: also record to tensorboard or trackio (metrics.jsonl is always written)
+    diagnose: measure on the way whether rate, backward pass and strength are right, and say what is not
+    diagnose_steps: optimizer steps between two such looks; the first step has one too
     """
 
     task: Literal["sft", "completion", "classification"] | None = None
@@ -148,6 +151,8 @@ class TrainOptions:
     checkpointing: bool = False
     keep_checkpoints: Count = 2
     track: tuple[Annotated[str, OneOf(("tensorboard", "trackio"))], ...] = ()
+    diagnose: bool = False
+    diagnose_steps: Count = 25
 
     def __post_init__(self) -> None:
         if self.controller is not None:
@@ -201,8 +206,7 @@ OUTPUT_HELP = "directory of the run; runs/<name of the data> when absent"
 
 def as_tree(config: RunConfig) -> dict[str, Any]:
     """Give the configuration as plain values in the shape of a file: {section: {key: value}, "output": directory}."""
-    own: Any = config.method.config  # every method is a dataclass
-    method = {"name": config.method.name, **asdict(own), **asdict(config.method.target)}
+    method = {**settings_of(config.method.config), **asdict(config.method.target)}
     return {
         "model": asdict(config.model),
         "data": asdict(config.data),

@@ -1,19 +1,27 @@
 """What two keys of a configuration say about each other, and what two configurations have in common."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ..bases import FORMATS
+from ..core.attach import check_patterns
+from ..core.errors import UsageError
 from ..core.start import needs
+from ..core.target import Target
+from ..optim import refuses
 from .config import RunConfig, TrainOptions, as_tree
-from .controllers import CONTROLLERS
+from .controllers import CONTROLLERS, brought
+
+PATTERNS = ("rank_pattern", "alpha_pattern")
 
 # What may differ between a run and its resumption: what is written and looked at, never what is computed. A longer run
 # is not among them: max_steps and epochs shape the learning rate of every step.
 MAY_CHANGE = frozenset(
     {"output", "train.save_steps", "train.keep_checkpoints", "train.track", "train.eval_steps"}
+    | {"train.diagnose", "train.diagnose_steps"}
     | {"eval.prompts", "eval.max_tokens"}
 )
 
@@ -35,6 +43,8 @@ def contradictions(config: RunConfig) -> Iterator[tuple[str, str]]:
     yield from _start(config)
     yield from _packages(config)
     yield from _controller(config)
+    yield from _patterns(config)
+    yield from _optimizer(config)
     yield from _evaluation(config)
     yield from _output(Path(config.output), config.model.name)
 
@@ -50,12 +60,38 @@ def _either_or(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def _controller(config: RunConfig) -> Iterator[tuple[str, str]]:
-    chosen = config.train.controller
+    chosen, own = config.train.controller, brought(config.method.config)
+    if len(own) > 1:
+        yield "method.name", f"{' and '.join(own)} each has a controller of its own, and a run has one"
     if isinstance(chosen, Mapping):
         refuses = vars(CONTROLLERS.module(chosen["name"])).get("refuses")
         reason = refuses(config.method.config) if refuses else None
         if reason is not None:
             yield "train.controller", f"{chosen['name']} cannot train the method {config.method.name}: {reason}"
+        elif own and chosen["name"] not in own:
+            yield (
+                "train.controller",
+                f"the method {config.method.name} needs its own controller {own[0]}; a run has one",
+            )
+
+
+def _patterns(config: RunConfig) -> Iterator[tuple[str, str]]:
+    target = config.method.target
+    for key in PATTERNS:
+        method, pattern = config.method.config, vars(target)[key] or {}
+        try:
+            check_patterns(method, *(bool(pattern) and k == key for k in PATTERNS))
+            for value in pattern.values():
+                sized: Any = method
+                sized.at(*((value, vars(method).get("alpha")) if key == "rank_pattern" else (sized.r, value)))
+        except UsageError as error:
+            yield f"method.{key}", "; ".join(part for part in (error.what, error.why) if part)
+
+
+def _optimizer(config: RunConfig) -> Iterator[tuple[str, str]]:
+    reason = refuses(config.optim.name, config.optim, config.method.config)
+    if reason is not None:
+        yield "optim.name", f"the method {config.method.name}: {reason}"
 
 
 def _packages(config: RunConfig) -> Iterator[tuple[str, str]]:
@@ -65,8 +101,16 @@ def _packages(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def _start(config: RunConfig) -> Iterator[tuple[str, str]]:
-    if config.model.quantize is None and "residual" in needs(config.method.config):
+    needed = needs(config.method.config)
+    if config.model.quantize is None and "residual" in needed:
         yield "method.init", "it repairs what quantization takes from the weights: set model.quantize, e.g. nf4"
+    if "experts" in needed:
+        if not vars(config.method.config)["adapters"]:
+            yield "method.adapters", f"{config.method.name} mixes trained LoRAs: give their directories"
+        given = [f.name for f in fields(Target) if f.name not in ("modules_to_save", "fused")]
+        for key in given:
+            if vars(config.method.target)[key] != vars(Target())[key]:
+                yield f"method.{key}", f"{config.method.name} adapts the layers of its adapters; leave {key} out"
 
 
 def _evaluation(config: RunConfig) -> Iterator[tuple[str, str]]:

@@ -77,7 +77,9 @@ def schema() -> dict[str, Any]:
     for section in ORDER[:-1]:
         methods = sorted(METHODS) if section == "method" else [DEFAULT_METHOD]
         forms = [section_model(section, name).model_json_schema() for name in methods]
-        if section == "train":
+        if section == "method":
+            forms[methods.index("stack")]["properties"]["parts"]["items"] = _part_schema(methods)
+        elif section == "train":
             forms[0]["properties"]["controller"] = _controller_schema()
         elif section == "optim":
             forms = [_optim_schema(forms[0], name) for name in sorted(OPTIMIZERS)]
@@ -100,12 +102,20 @@ def schema() -> dict[str, Any]:
 
 def _controller_schema() -> dict[str, Any]:
     """A controller's name, or its name and settings."""
-    forms: list[dict[str, Any]] = [{"type": "null"}, {"enum": sorted(CONTROLLERS)}]
-    for name in sorted(CONTROLLERS):
-        form = _own_schema(CONTROLLERS[name])
-        form["properties"] = {"name": {"const": name}, **form.get("properties", {})}
-        forms.append({**form, "required": ["name"]})
+    forms = [{"type": "null"}, {"enum": sorted(CONTROLLERS)}]
+    forms += [_named(name, CONTROLLERS[name]) for name in sorted(CONTROLLERS)]
     return {"anyOf": forms, "default": None, "description": section_keys("train")["controller"].help}
+
+
+def _part_schema(methods: Sequence[str]) -> dict[str, Any]:
+    """A method of a stack: its name and settings, without targets, for those are the stack's."""
+    return {"anyOf": [_named(name, METHODS[name]) for name in methods if name != "stack"]}
+
+
+def _named(name: str, cls: type[Any]) -> dict[str, Any]:
+    """A name, and the settings of what has it."""
+    form = _own_schema(cls)
+    return {**form, "properties": {"name": {"const": name}, **form.get("properties", {})}, "required": ["name"]}
 
 
 def _optim_schema(form: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -1,26 +1,32 @@
 """The training loop, top to bottom: rows of a step, losses, gradients, checks, update, log, evaluate, save.
 
+A run is a generator (`training`): it yields each micro-batch whose gradient it needs and is sent the loss once the gradient is
+there. `fit` gives one run what it asks for; `many.py` gives several runs on one model what they ask for, in one pass.
+
 Everything random is a pure function of (seed, step, micro-batch), so a resumed run is the uninterrupted one bit for bit, and
 sampling or evaluating in between moves nothing.
 """
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..core.attach import use
 from ..core.errors import DivergenceError, UsageError
 from ..data.dataset import Example
 from ..models.modes import evaluating
+from ..optim import Accumulating
 from ..optim.groups import scale_learning_rates
 from .adapter_state import adapter_tensors, restore_adapter
 from .checkpoint import optimizer_tensors, restore_optimizer, save_checkpoint
 from .controllers import Controller
+from .diagnostics import Diagnostics
 from .measure import memory_gb
 from .records import Records
 from .steps import Steps, Window
@@ -55,6 +61,7 @@ class Job:
     """What a checkpoint must agree with to be resumed: fingerprints of data and base."""
     records: Records
     stop: StopRequest
+    diagnostics: Diagnostics
     sample: Callable[[int], None]
     """Answer the fixed prompts and log the answers."""
     first_step: Callable[[], None]
@@ -82,8 +89,39 @@ class State:
     evaluation: dict[str, float] = field(default_factory=dict)
 
 
+class Micro(NamedTuple):
+    """A micro-batch whose gradient a run needs: of its summed loss over `weight`, with the dropout masks of `seed`."""
+
+    job: Job
+    rows: Sequence[Example]
+    weight: int
+    seed: int
+
+
+T = TypeVar("T")
+Course = Generator[Micro, float, T]
+"""What yields micro-batches, is sent the summed loss of each when its gradient has been added up, and gives a T at its end."""
+
+
 def fit(job: Job, state: State) -> State:
     """Train from `state` to the end of the run, or to early stopping. Raises Interrupted after saving on a signal."""
+    return alone(training(job, state))
+
+
+def alone(course: Course[T]) -> T:
+    """Give a course every gradient it asks for, one after the other, to its end."""
+    try:
+        micro = next(course)
+        while True:
+            loss = batch_loss(micro.job, micro.seed, micro.rows)
+            (loss / micro.weight).backward()
+            micro = course.send(float(loss.detach()))
+    except StopIteration as end:
+        return end.value
+
+
+def training(job: Job, state: State) -> Course[State]:
+    """Train from `state` to the end of the run, or to early stopping."""
     began = time.monotonic() - state.seconds
     while True:
         if not state.evaluated:
@@ -93,7 +131,7 @@ def fit(job: Job, state: State) -> State:
             break
         window = job.steps[state.step]
         scale_learning_rates(job.optimizer, job.controller.schedule(state.step))
-        loss, norm, weight = update(job, state, window)
+        loss, norm, weight = yield from update(job, state, window)
         rows = [job.examples[i] for batch in window.batches for i in batch]
         state.step += 1
         state.tokens += sum(len(row.input_ids) for row in rows)
@@ -112,7 +150,7 @@ def fit(job: Job, state: State) -> State:
             "mem_gb": memory_gb(),
             "t": state.seconds,
         }
-        job.records.step(record)
+        job.records.step(record | job.diagnostics.stepped(record, weight))
         if state.step == 1:
             job.first_step()
         state.evaluated = not evaluation_due(job, state, window)
@@ -121,7 +159,7 @@ def fit(job: Job, state: State) -> State:
     return state
 
 
-def update(job: Job, state: State, window: Window) -> tuple[float, float, int]:
+def update(job: Job, state: State, window: Window) -> Course[tuple[float, float, int]]:
     """Take one optimizer step. Gives (mean loss, gradient norm before clipping, weight).
 
     Raises DivergenceError before anything is changed if the loss or a gradient is not finite, and Interrupted (with the
@@ -131,13 +169,17 @@ def update(job: Job, state: State, window: Window) -> tuple[float, float, int]:
     weight = sum(job.task.weight(row) for batch in batches for row in batch)
     job.model.train()
     total = 0.0
+    sums = job.optimizer if len(batches) > 1 and isinstance(job.optimizer, Accumulating) else None
     for i, batch in enumerate(batches):
         if job.stop:
             interrupt(job, state)
-        torch.manual_seed(random_seed(job.seed, state.step, i))
-        loss, _ = job.task.loss(job.model, batch)
-        (loss / weight).backward()
-        total += float(loss.detach())
+        total += yield Micro(job, batch, weight, random_seed(job.seed, state.step, i))
+        share = sum(job.task.weight(row) for row in batch) / weight
+        job.diagnostics.gradient(state.step, i, len(batches), share, len(batch))
+        if sums is not None:
+            sums.take()
+    if sums is not None:
+        sums.give()
     penalty = job.controller.penalty()
     if penalty is not None:
         penalty.backward()
@@ -146,10 +188,22 @@ def update(job: Job, state: State, window: Window) -> tuple[float, float, int]:
         check_all_reached(job, parameters)
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, math.inf if job.clip is None else job.clip))
     check_finite(job, state, total / weight, norm, batches)
-    job.optimizer.step()
+
+    def replay() -> float:
+        seeds = [random_seed(job.seed, state.step, i) for i in range(len(batches))]
+        return sum(float(batch_loss(job, s, b).detach()) for s, b in zip(seeds, batches, strict=True)) / weight
+
+    with job.diagnostics.update(state.step, total / weight, replay):
+        job.optimizer.step()
     job.controller.after_update(state.step, job.optimizer)
     job.optimizer.zero_grad(set_to_none=True)
     return total / weight, norm, weight
+
+
+def batch_loss(job: Job, seed: int, batch: Sequence[Example]) -> Tensor:
+    """Give the summed loss of a micro-batch under the run's adapter, with the dropout masks that belong to it."""
+    torch.manual_seed(seed)
+    return job.task.loss(use(job.model, job.adapter), batch)[0]
 
 
 def random_seed(seed: int, step: int, batch: int) -> int:
@@ -204,7 +258,8 @@ def evaluate_and_sample(job: Job, state: State) -> None:
     if job.valid:
         state.evaluation = evaluate(job, state)
         epoch = round(job.steps[state.step - 1].epoch, 6)
-        job.records.evaluation({"step": state.step, "epoch": epoch, **state.evaluation, "t": state.seconds})
+        record = {"step": state.step, "epoch": epoch, **state.evaluation, "t": state.seconds}
+        job.records.evaluation(record | job.diagnostics.evaluated(record, job.valid))
         loss = state.evaluation["eval_loss"]
         if state.best_loss is None or loss < state.best_loss:
             state.best_loss, state.best_step, state.worse = loss, state.step, 0
@@ -219,6 +274,7 @@ def evaluate_and_sample(job: Job, state: State) -> None:
 @torch.no_grad()
 def evaluate(job: Job, state: State) -> dict[str, float]:
     """Give the mean loss (and accuracy) over the validation rows."""
+    use(job.model, job.adapter)
     order = sorted(range(len(job.valid)), key=lambda i: len(job.valid[i].input_ids))
     size, total, weight, right = job.steps.batch_size, 0.0, 0, 0
     with evaluating(job.model):
@@ -246,15 +302,17 @@ def save(job: Job, state: State, *, when_due: bool = False) -> None:
         return
     optimizer, optimizer_scalars = optimizer_tensors(job.optimizer)
     controller, controller_scalars = job.controller.state()
+    diagnostics, diagnostics_scalars = job.diagnostics.state()
     adapter = adapter_tensors(job.model, job.adapter)
     save_checkpoint(
         job.directory / "checkpoints",
         state.step,
-        {"adapter": adapter, "optimizer": optimizer, "controller": controller},
+        {"adapter": adapter, "optimizer": optimizer, "controller": controller, "diagnostics": diagnostics},
         {
             "state": vars(state),
             "optimizer": optimizer_scalars,
             "controller": controller_scalars,
+            "diagnostics": diagnostics_scalars,
             "identity": dict(job.identity),
         },
         keep=job.keep_checkpoints,
@@ -268,4 +326,5 @@ def restore(job: Job, tensors: Mapping[str, Mapping[str, torch.Tensor]], saved: 
     job.controller.restore(tensors["controller"], saved["controller"])
     restore_adapter(job.model, job.adapter, tensors["adapter"])
     restore_optimizer(job.optimizer, tensors["optimizer"], saved["optimizer"])
+    job.diagnostics.restore(tensors.get("diagnostics", {}), saved.get("diagnostics", {}))
     return State(**saved["state"])

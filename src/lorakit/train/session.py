@@ -1,6 +1,6 @@
 """One run with everything loaded: the adapter goes on, the loop runs, the result is saved and proved."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -19,11 +19,12 @@ from ..core.summary import Summary, summary
 from ..core.target import Target
 from ..data.dataset import Dataset
 from ..models.directory import fingerprint
+from ..models.fast import ORDINARY, accelerate
 from ..models.generate import generate
 from ..models.modes import checkpoint_activations
 from ..models.packing import enable_packing
 from ..models.quantize import stored_bytes
-from ..optim import OPTIMIZERS, parameter_groups, schedule
+from ..optim import OPTIMIZERS, Accumulating, Factors, parameter_groups, schedule
 from ..optim.schedules import warmup_steps
 from .adapter_files import AdapterFiles
 from .adapter_state import restore_adapter
@@ -32,13 +33,15 @@ from .checkpoint import latest, steps
 from .checkpoint import load as load_checkpoint
 from .config import RunConfig, as_tree
 from .config_file import dump
-from .controllers import CONTROLLERS, Controller, Nothing, Run
+from .controllers import CONTROLLERS, Controller, Nothing, Run, brought
+from .diagnostics import Diagnostics, Watching
+from .diagnostics import Nothing as NotWatching
 from .learned import require_learned
 from .loop import Job, State, fit, restore
 from .progress import Progress
 from .records import Records
 from .run_directory import RunDirectory
-from .start import calibration_batches, measure, measures, restart, start
+from .start import calibration_batches, measure, measures, restart, start, with_experts
 from .steps import Steps
 from .stop import StopRequest
 from .task import Classification, LanguageModelling, Task
@@ -165,11 +168,13 @@ class Session:
             )
         if self.config.model.quantize:
             self.say(f"the base is stored as {self.config.model.quantize}: {stored_bytes(model) / 1e6:.1f} MB")
+        method, target, experts = with_experts(model, method, target)
         torch.manual_seed(self.config.train.seed)
         if found:
             restart(model, method, target, ADAPTER, found.tensors["adapter"].items())
         else:
-            start(model, method, target, ADAPTER, self._statistics(method, target))
+            statistics = self._statistics(method, target) if experts is None else experts
+            start(model, method, target, ADAPTER, statistics)
         self.base.lost.clear()  # as large as the weights were
         if self.config.train.checkpointing:
             checkpoint_activations(model)
@@ -200,7 +205,9 @@ class Session:
             return Classification(len(self.data.labels or ()), pad)
         packed = enable_packing(model)
         self.say("rows are packed without padding" if packed else "this model cannot pack rows; they are padded")
-        return LanguageModelling(model.config.get_text_config().vocab_size, pad, packed=packed)
+        fast = accelerate(model) if packed else ORDINARY
+        self.say(fast.words)
+        return LanguageModelling(model.config.get_text_config().vocab_size, pad, packed=packed, fast=fast)
 
     def _records(self, before: State) -> Records:
         return Records(
@@ -215,6 +222,7 @@ class Session:
         config, options = self.config, self.config.train
         controller = self._controller()
         groups = parameter_groups(self.base.model, ADAPTER, config.optim)
+        optimizer = OPTIMIZERS[config.optim.name](groups, config.optim)
         return Job(
             model=self.base.model,
             adapter=ADAPTER,
@@ -222,7 +230,7 @@ class Session:
             examples=self.data.examples,
             valid=self.valid.examples if self.valid else [],
             steps=self.steps,
-            optimizer=OPTIMIZERS[config.optim.name](groups, config.optim),
+            optimizer=optimizer,
             controller=controller,
             clip=config.optim.clip,
             seed=options.seed,
@@ -236,9 +244,19 @@ class Session:
             identity=self._identity,
             records=records,
             stop=self.stop,
+            diagnostics=self._diagnostics(optimizer, groups.factors),
             sample=partial(self._sample, records),
             first_step=self._first_step,
         )
+
+    def _diagnostics(self, optimizer: torch.optim.Optimizer, factors: Sequence[Factors]) -> Diagnostics:
+        """Watch the run, if that is asked for."""
+        options = self.config.train
+        if not options.diagnose:
+            return NotWatching()
+        cumulative = not isinstance(optimizer, Accumulating)
+        own = {"every": options.diagnose_steps, "cumulative": cumulative, "say": self.say}
+        return Watching(self.base.model, ADAPTER, self._task, optimizer, factors, **own)
 
     def _controller(self) -> Controller:
         """Start the configured controller, or the one that the method brings along."""
@@ -250,13 +268,13 @@ class Session:
             schedule(optim.schedule, self.steps.total, optim.warmup),
             warmup_steps(self.steps.total, optim.warmup),
             self.config.train.seed,
+            lambda step: len(self.steps[step].batches),
         )
         if isinstance(chosen, Mapping):
             settings = {key: value for key, value in chosen.items() if key != "name"}
             return CONTROLLERS[chosen["name"]](**settings).start(around)
-        name = self.config.method.name
-        brought = [n for n in CONTROLLERS if vars(CONTROLLERS.module(n)).get("METHOD_NAME") == name]
-        return CONTROLLERS[brought[0]]().start(around) if brought else Nothing(around)
+        own = brought(self.config.method.config)
+        return CONTROLLERS[own[0]]().start(around) if own else Nothing(around)
 
     @cached_property
     def _identity(self) -> dict[str, str | None]:

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
+from ..combine.mixture import experts_in
 from ..core.adapter import Method, Ranked
 from ..core.attach import adapters, attach, place, places, trainable, use
 from ..core.calibrate import Calibration, calibrate
@@ -14,6 +15,7 @@ from ..core.start import needs
 from ..core.statistics import Statistics
 from ..core.target import Target
 from ..data.dataset import Example
+from ..methods.xlora import XLoRA
 from .steps import Steps
 from .task import LanguageModelling, Task
 
@@ -26,6 +28,16 @@ Rows = Sequence[Example]
 def measures(method: Method) -> bool:
     """Whether the start of this method's adapters looks at data."""
     return bool(needs(method) & {"inputs", "gradient"})
+
+
+def with_experts(
+    model: nn.Module, method: Method, target: Target
+) -> tuple[Method, Target, Mapping[str, Statistics] | None]:
+    """Read the trained adapters that a mixture names: the method with their numbers, their layers, their factors by layer."""
+    if not (isinstance(method, XLoRA) and method.adapters):
+        return method, target, None
+    found, layers, experts = experts_in(model, method)
+    return found, replace(target, target_modules=layers.target_modules), experts
 
 
 def measure(model: nn.Module, method: Method, target: Target, task: Task, batches: Sequence[Rows]) -> Calibration:
@@ -53,7 +65,7 @@ def start(
     model: nn.Module, method: Method, target: Target, name: str, statistics: Mapping[str, Statistics]
 ) -> nn.Module:
     """Attach adapter `name`, with the ranks that the method's init gives the layers if it has an opinion on them (EVA)."""
-    init = vars(INITS.module(vars(method)["init"])) if measures(method) else {}
+    init = _init(method)
     if "ranks" in init:
         sites = _ranked(model, method, target)
         own = {site: ranked.r for site, (_, ranked) in sites.items()}
@@ -68,7 +80,7 @@ def restart(
     """Attach adapter `name` in the shape of a checkpoint's tensors, which are yet to be copied. Nothing is measured again."""
     if not needs(method):
         return attach(model, method, name=name, **vars(target))
-    if "ranks" in vars(INITS.module(vars(method)["init"])):
+    if "ranks" in _init(method):
         sites = _ranked(model, method, target)
         target = with_ranks(sites, target, _ranks_in(tensors))
     place(model, method, target, name)
@@ -76,6 +88,12 @@ def restart(
         for parameter in adapter.parameters():
             parameter.detach().zero_()  # not what was in memory: the model may be run before the tensors are copied
     return trainable(use(model, name), name)
+
+
+def _init(method: Method) -> Mapping[str, Any]:
+    """Give what the file of the method's init declares; nothing if it has no init."""
+    own = vars(method)
+    return vars(INITS.module(own["init"])) if "init" in own else {}
 
 
 def with_ranks(sites: Mapping[str, tuple[str, Ranked]], target: Target, ranks: Mapping[str, int]) -> Target:
@@ -112,11 +130,11 @@ def _ranked(model: nn.Module, method: Method, target: Target) -> dict[str, tuple
 
 
 def _ranks_in(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
-    """Read the ranks off a checkpoint's adapter: `<layer path>/[parts.<part>.]lora_A` is (r, in)."""
+    """Read the ranks off a checkpoint's adapter: `<layer path>/[parts.<part>.]lora_A` is (r, in), of several experts (n, r, in)."""
     found: dict[str, int] = {}
     for key, tensor in tensors:
         path, _, own = key.partition("/")
         *parts, leaf = own.split(".")
         if leaf == "lora_A":
-            found[".".join([path, *parts[1:2]])] = len(tensor)
+            found[".".join([path, *parts[1:2]])] = tensor.shape[-2]
     return found

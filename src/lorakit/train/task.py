@@ -5,7 +5,7 @@ four rows and four batches of one row are the same step, and padding or packing 
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..data.collate import collate_classification, collate_packed, collate_padded
 from ..data.dataset import IGNORED, Example
+from ..models.fast import ORDINARY, Fast
 
 
 class Task(Protocol):
@@ -35,37 +36,46 @@ class Task(Protocol):
 
 
 class LanguageModelling:
-    """Next-token prediction on the tokens whose label is not -100 (sft, completion)."""
+    """Next-token prediction on the tokens whose label is not -100 (sft, completion). `fast`: how the model runs, if packed."""
 
-    def __init__(self, vocabulary: float, pad_id: int, *, packed: bool) -> None:
+    def __init__(self, vocabulary: float, pad_id: int, *, packed: bool, fast: Fast = ORDINARY) -> None:
         self.worst = float(torch.tensor(vocabulary).log())
-        self.pad_id, self.packed = pad_id, packed
+        self.pad_id, self.packed, self.fast = pad_id, packed, fast
 
     def weight(self, example: Example) -> int:
         """Count the trained tokens."""
         return sum(label != IGNORED for label in example.labels)
 
     def loss(self, model: nn.Module, examples: Sequence[Example]) -> tuple[Tensor, int]:
-        """Give the summed cross entropy of the trained tokens. Logits are computed for those positions only, if packed."""
-        device = next(model.parameters()).device
+        """Give the summed cross entropy of the trained tokens. Only those positions have logits, if packed."""
         if self.packed:
-            inputs, lengths = collate_packed(examples)
-            inputs = {key: value.to(device) for key, value in inputs.items()}
-            labels = inputs.pop("labels")[0]
-            before = (labels[1:] != IGNORED).nonzero().flatten()  # positions that predict a trained token
-            logits = model(**inputs, lengths=lengths, logits_to_keep=before, use_cache=False).logits[0]
-            targets = labels[before + 1]
-        else:
-            inputs, _ = collate_padded(examples, self.pad_id)
-            inputs = {key: value.to(device) for key, value in inputs.items()}
-            targets = inputs.pop("labels")[:, 1:]
-            keep = targets != IGNORED
-            logits, targets = model(**inputs, use_cache=False).logits[:, :-1][keep], targets[keep]
+            return self.losses(model, [examples])[0], 0
+        device = next(model.parameters()).device
+        inputs, _ = collate_padded(examples, self.pad_id)
+        inputs = {key: value.to(device) for key, value in inputs.items()}
+        targets = inputs.pop("labels")[:, 1:]
+        keep = targets != IGNORED
+        logits, targets = model(**inputs, use_cache=False).logits[:, :-1][keep], targets[keep]
         return F.cross_entropy(logits.float(), targets, reduction="sum"), 0
+
+    def losses(self, model: nn.Module, groups: Sequence[Sequence[Example]]) -> list[Tensor]:
+        """Give the summed loss of each group of rows, all packed into one row of tokens, group after group."""
+        device = next(model.parameters()).device
+        inputs, lengths = collate_packed([row for rows in groups for row in rows])
+        inputs = {key: value.to(device) for key, value in inputs.items()}
+        labels = inputs.pop("labels")[0]
+        before = (labels[1:] != IGNORED).nonzero().flatten()  # positions that predict a trained token
+        each = self.fast.row_losses(cast(Any, model), inputs, before, labels[before + 1], lengths=lengths)
+        return [own.sum() for own in each.split([predicted(rows) for rows in groups])]
 
     def measures(self, loss: float, accuracy: float) -> dict[str, float]:
         """Give the mean loss of a token."""
         return {"eval_loss": loss}
+
+
+def predicted(rows: Sequence[Example]) -> int:
+    """Count the positions of rows that predict a trained token: the first token of a row has none before it."""
+    return sum(label != IGNORED for row in rows for label in row.labels[1:])
 
 
 class Classification:

@@ -12,7 +12,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ...core.registry import Registry
+from ...core.adapter import Method
+from ...core.registry import METHODS, Registry
+from ...core.stack import parts_of
+
+
+def _one(step: int) -> int:
+    return 1
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,8 @@ class Run:
     warmup: int
     """Its warm-up steps."""
     seed: int
+    batches: Callable[[int], int] = _one
+    """Step -> number of its micro-batches."""
 
 
 class Settings(Protocol):
@@ -87,3 +95,10 @@ class Nothing:
 
 
 CONTROLLERS = Registry("lorakit.train.controllers", "CONTROLLER", "controller")
+
+
+def brought(method: Method) -> list[str]:
+    """Give the controllers that a method, or a part of a stack, brings along: those that bear its name and can work with it."""
+    names = {METHODS.name_of(type(part)) for part in parts_of(method)}
+    own = {name: vars(CONTROLLERS.module(name)) for name in sorted(CONTROLLERS)}
+    return [name for name, file in own.items() if file.get("METHOD_NAME") in names and not file["refuses"](method)]

@@ -15,6 +15,9 @@ Departures from the paper, all but the ties as in the authors' code: the penalty
 - I‖_F over all matrices, not squared. The schedule's fraction is the one above (the paper prints another numerator).
 The last choice is made at T - tfinal and kept. Equal scores are shared out between the layers; a threshold would take
 all of them or none. The gradients are those of the update, after clipping, and include the penalty's.
+
+When: the method is adalora: it comes by itself. It costs two numbers for each of its parameters and a sort of all
+triplets every `deltaT` steps.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,6 +30,7 @@ from torch import Tensor
 from ...core.adapter import Method
 from ...core.attach import adapters
 from ...core.errors import UsageError
+from ...core.stack import parts_of
 from ...methods.adalora import AdaLoRA, AdaLoRAAdapter
 from . import Run
 
@@ -73,7 +77,8 @@ class AdaLoRASettings:
 
 def refuses(method: Method) -> str | None:
     """Give the reason why this controller cannot train a method."""
-    return None if isinstance(method, AdaLoRA) else "only the method adalora has triplets to take away"
+    found = any(isinstance(part, AdaLoRA) for part in parts_of(method))
+    return None if found else "only the method adalora has triplets to take away"
 
 
 def budget(t: int, first: int, last: int, *, tinit: int, tfinal: int, total: int) -> int:

@@ -8,6 +8,9 @@ equally. With one link this is LoRA bit for bit. `step_down` makes each link's r
 scale s stays.
 
 No official code is published; what is not in the paper (equal shares, the constant scale) is ours.
+
+When: the change needs a higher rank than can be trained at once. It costs steps, for each link gets its share of
+them, and the work of the ranks' sum until merged.
 """
 
 from dataclasses import dataclass

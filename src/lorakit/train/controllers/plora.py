@@ -10,6 +10,9 @@ stage.
 The second rule is ours. The paper unloads with a momentum too, but there is no code of its authors. An implementation
 by others (MyTransformers: W + m s B A, then (1 - m) A and (1 - m) B) multiplies the learned change by 1 - m + m^2 each
 time; ours keeps it exactly.
+
+When: one LoRA of the same rank stops learning before the data are learned. It costs the work of the ranks' sum until
+merged; each stage warms up and cools down anew.
 """
 
 import math

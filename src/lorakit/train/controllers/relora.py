@@ -15,6 +15,11 @@ and the first update is (1 - beta1)/sqrt(1 - beta2) = 3.2 times the rate: what t
 Departures from that code: frozen factors instead of a changed base; one period for restarts and pruning; its "reset",
 which clears a random 99.9 %, clears all. Defects of it that are not copied: factors that are both zero in the first
 cycle and never get a gradient, and a learned scale that dies at the first restart.
+
+When: a run is long, as in pretraining, and a low rank is the limit. It costs the work of the ranks' sum until merged,
+and a dip of the learning rate at each restart. Take `prune: forget` or `reset`: with a share left, entries whose
+second mean was cleared and whose first was not make steps of first mean / eps, since A gets no gradient while B is
+zero; in `benchmarks/methods_toy.py` that diverges.
 """
 
 import math
