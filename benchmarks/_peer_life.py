@@ -184,9 +184,79 @@ def together_peft(job: dict[str, Any], scratch: Path) -> Samples:
     return {"step": steps[1:]}
 
 
-def bank_ours(job: dict[str, Any], scratch: Path) -> Samples:
-    """Several adapters at once need `lk.Bank`."""
-    return {"not_built": "lk.Bank"}
+def adapted_with(count: int) -> Any:
+    """Give that model with `count` adapters of ours, "a0" and so on, each with a B of its own."""
+    import torch
+
+    import lorakit as lk
+
+    model = small_llama()
+    for number in range(count):
+        lk.attach(model, lk.LoRA(r=8, alpha=16), name=f"a{number}")
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def mixed_ours(job: dict[str, Any], scratch: Path) -> Samples:
+    """A bank (`lk.bank`) whose rows are routed each to its own adapter, and the same batch with one adapter, without a bank."""
+    import torch
+
+    import lorakit as lk
+
+    count, rows = job["adapters"], job["adapters"]
+    model = adapted_with(count).eval()
+    ids = torch.randint(1024, (rows, job["length"]), generator=torch.Generator().manual_seed(0))
+    bank = lk.bank(model, lk.names(model))
+    mixed, one = list[float](), list[float]()
+    with torch.no_grad():
+        for _ in range(job["repeats"] + 1):
+            lk.use(model, "bank")
+            with clocked(mixed):
+                bank.route([f"a{i % count}" for i in range(rows)])
+                model(ids, use_cache=False)
+            lk.use(model, "a0")
+            with clocked(one):
+                model(ids, use_cache=False)
+    return {"mixed": mixed[1:], "one": one[1:]}
+
+
+def together_ours(job: dict[str, Any], scratch: Path) -> Samples:
+    """A step of several adapters at once: one pass for all, an optimizer for each, as `lk.train_many` does it."""
+    import torch
+
+    import lorakit as lk
+    from lorakit.core.together import NAME, Part, together
+    from lorakit.data.dataset import Example
+    from lorakit.models.fast import accelerate
+    from lorakit.models.packing import enable_packing
+    from lorakit.train.task import LanguageModelling, predicted
+
+    model = adapted_with(job["adapters"])
+    assert enable_packing(model)
+    task = LanguageModelling(1024, 0, packed=True, fast=accelerate(model))
+    ids = torch.randint(1024, (job["adapters"], 2, 64), generator=torch.Generator().manual_seed(0)).tolist()
+    groups = [[Example(row, row, None, "") for row in rows] for rows in ids]
+    optimizers = []
+    for name in lk.names(model):
+        own = [p for _, _, adapter in lk.adapters(model, name) for p in adapter.parameters()]
+        optimizers.append(torch.optim.AdamW([p.requires_grad_() for p in own], lr=1e-4, fused=True))
+    weights = [predicted(rows) for rows in groups]
+    parts = [Part(n, 128, w, 0) for n, w in zip(lk.names(model), weights, strict=True)]
+    steps = list[float]()
+    model.train()
+    with together(model, lk.names(model)) as current:
+        for _ in range(job["repeats"] + 1):
+            with clocked(steps):
+                current.begin(parts, model.device)
+                losses = task.losses(lk.use(model, NAME), groups)
+                sum(loss / weight for loss, weight in zip(losses, weights, strict=True)).backward()
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+    return {"step": steps[1:]}
 
 
 LIFE: dict[str, Callable[[dict[str, Any], Path], Samples]] = {
@@ -194,8 +264,8 @@ LIFE: dict[str, Callable[[dict[str, Any], Path], Samples]] = {
     "attach PEFT": attach_peft,
     "load lorakit": load_ours,
     "load PEFT": load_peft,
-    "mixed lorakit": bank_ours,
+    "mixed lorakit": mixed_ours,
     "mixed PEFT": mixed_peft,
-    "together lorakit": bank_ours,
+    "together lorakit": together_ours,
     "together PEFT": together_peft,
 }

@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 LEFT, WIDTH, ROW, TOP, RIGHT = 290, 520, 17, 44, 20
-LEAST, MOST = 1e-8, 4.0
+LEAST, MOST = 1e-3, 4.0
 """What is smaller or larger is drawn at the edge."""
 COLORS = {
     "baseline": "#777777",
@@ -26,12 +26,13 @@ def plot(arms: Sequence[Mapping[str, Any]]) -> str:
     """Draw the arms that ran as an SVG."""
     ran = [arm for arm in arms if "refused" not in arm]
     height = TOP + ROW * len(ran) + 12
-    ticks = "".join(_tick(power, height) for power in range(-8, 1, 2))
+    ticks = "".join(_tick(power, height) for power in range(-3, 1))
     rows = "".join(_row(arm, TOP + ROW * i + ROW // 2) for i, arm in enumerate(ran))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {LEFT + WIDTH + RIGHT} {height}" role="img" '
         f'aria-label="Error of each arm and the least possible one, logarithmic">\n<style>{STYLE}</style>\n'
-        f'<text x="{LEFT}" y="14">error (dot: mean, line: the seeds) and optimum (stroke); 1e-8 or less at the left edge</text>\n'
+        f'<text x="10" y="14">error (dot: mean, line: the seeds) and optimum (stroke); '
+        "0.001 or less at the left edge, 2.55 is doing nothing</text>\n"
         f"{ticks}{rows}</svg>\n"
     )
 
@@ -45,7 +46,7 @@ def _tick(power: int, height: int) -> str:
     x = _place(10.0**power)
     return (
         f'<path class="grid" d="M{x:.1f} {TOP - 6}V{height - 8}"/>'
-        f'<text x="{x:.1f}" y="{TOP - 12}" text-anchor="middle">{"1" if power == 0 else f"1e{power}"}</text>\n'
+        f'<text x="{x:.1f}" y="{TOP - 12}" text-anchor="middle">{10.0**power:g}</text>\n'
     )
 
 

@@ -8,8 +8,8 @@ An arm is trained in a process of its own, with the smallest budget that tells w
 orders on the last 12 blocks) and a rate of its own, and says at the end what it learned: the loss and the exact answers on 16
 orders that were not trained. A fresh process opens the file, must write the same answers, merges or says why it cannot, and
 takes the run up again from the checkpoint before its end, which must come to the same bytes. An arm that is in the results is
-not run again, so the sweep can be stopped at any time. It does not rank methods: the budget is small, and the rates are
-sensible, not searched for.
+not run again unless it failed, so the sweep can be stopped at any time. It does not rank methods: the budget is small, and
+the rates are sensible, not searched for.
 """
 
 import argparse
@@ -270,7 +270,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as data:
         orders_task.write(data, options.seed, settings["rows"], QUESTIONS)
         for name in options.arms or chosen:
-            if name in content["arms"] and not options.again:
+            if done(content["arms"].get(name)) and not options.again:
                 continue
             job = {**common, "threads": options.threads, "data": data, "rate": RATE[0]}
             content["arms"][name] = measure(chosen[name].job(options.lr), job)
@@ -278,8 +278,13 @@ def main() -> None:
             write_json(file.with_suffix(".part"), content)
             file.with_suffix(".part").replace(file)
             (options.docs / "smollm2.md").write_text(report(content))
-    if any("failed" in part for arm in content["arms"].values() for part in arm.values()):
+    if not all(map(done, content["arms"].values())):
         raise SystemExit(1)
+
+
+def done(result: Mapping[str, Any] | None) -> bool:
+    """Whether an arm has a result: what failed is run again."""
+    return result is not None and not any("failed" in part for part in result.values())
 
 
 def begun(file: Path, common: Mapping[str, Any]) -> dict[str, Any]:

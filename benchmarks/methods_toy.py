@@ -79,7 +79,8 @@ def arms() -> Iterator[Arm]:
         yield optimizer_arm(name)
     for name in sorted(CONTROLLERS):
         yield controller_arm(name)
-    yield Arm("controller", "relora, `prune: forget`", controller="relora", settings={"prune": "forget"})
+    for prune in ("forget", "magnitude"):
+        yield Arm("controller", f"relora, `prune: {prune}`", controller="relora", settings={"prune": prune})
     for name in ("kaiming", "eva", "corda"):
         yield Arm("anisotropic", f"LoRA, {name}", options={"init": name}, isotropic=False)
 
@@ -155,7 +156,8 @@ def best_rate(curve: Mapping[float, float]) -> float:
 
 def over_seeds(runs: Sequence[Outcome]) -> dict[str, Any]:
     """Give means over the seeds; the ranks are those of the first."""
-    errors, optima = [run.error for run in runs], [run.optimum for run in runs if run.optimum is not None]
+    errors = [min(run.error, 1e9) for run in runs]  # JSON knows no infinity
+    optima = [run.optimum for run in runs if run.optimum is not None]
     ranks, merged = [r.ranks for r in runs if r.ranks is not None], [r.merged_error for r in runs]
     return {
         "errors": errors,
@@ -170,10 +172,10 @@ def over_seeds(runs: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def number(value: float | None) -> str:
-    """Write an error: four places, or a power of ten where they would all be zero."""
+    """Write an error: four places, or a power of ten where they would say nothing."""
     if value is None:
         return "-"
-    return f"{value:.4f}" if value >= 5e-4 else "0" if value < 1e-20 else f"{value:.0e}"
+    return f"{value:.4f}" if 5e-4 <= value < 1e3 else "0" if value < 1e-20 else f"{value:.0e}"
 
 
 def row(arm: Mapping[str, Any]) -> list[str]:
@@ -232,7 +234,9 @@ def curves(arms: Sequence[Mapping[str, Any]]) -> str:
         value = arm["curve"].get(rate)
         return "" if value is None else "diverged" if value >= 1e9 else number(value)
 
-    return table(["arm", *rates], [[arm["name"], *(cell(arm, rate) for rate in rates)] for arm in ran])
+    return table(
+        ["arm", *rates], [[f"{arm['kind']}: {arm['name']}", *(cell(arm, rate) for rate in rates)] for arm in ran]
+    )
 
 
 def write(content: Mapping[str, Any], output: Path, docs: Path) -> None:

@@ -4,7 +4,7 @@
 
 Nothing on these pages is written by hand. The prose is the docstring of the file, the settings are those of its dataclass, sizes
 come from building it on the meta device, what it works with from attaching it to small layers (`_probe.py`), and what was
-measured from `benchmarks/results/methods_toy.json`. `tests/test_method_pages.py` compares the pages with the code.
+measured from `benchmarks/results/`. `tests/test_method_pages.py` compares the pages with the code.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from lorakit.train.controllers import CONTROLLERS, brought
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "docs" / "methods"
-RESULTS = ROOT / "benchmarks" / "results" / "methods_toy.json"
+RESULTS = ROOT / "benchmarks" / "results"
 MEASURED = ("toy.md", "smollm2.md")
 """Pages that the benchmarks write."""
 KINDS: Mapping[str, tuple[Mapping[str, Any], str]] = {
@@ -99,16 +99,39 @@ def listed(refused: Mapping[str, str | None]) -> str:
 
 
 @cache
-def measured() -> Mapping[str, Any]:
-    """Give the toy study's figures."""
-    return json.loads(RESULTS.read_text())
+def measured(study: str) -> Mapping[str, Any]:
+    """Give a study's figures; none if it was not run."""
+    file = RESULTS / f"methods_{study}.json"
+    return json.loads(file.read_text()) if file.exists() else {"arms": {}}
+
+
+def figures(kind: str, name: str) -> str:
+    """Give what was measured of a file."""
+    return "\n".join([toy(kind, name), *real(kind, name)]) + "\n"
+
+
+def real(kind: str, name: str) -> Iterator[str]:
+    """Yield what the study on a real model measured of a file, in a sentence."""
+    up = "../" if FOLDERS[kind] else ""
+    arm = measured("smollm2")["arms"].get(f"{kind}/{name}")
+    if arm is None:
+        return
+    link = f"[the quickstart's task]({up}smollm2.md)"
+    if "check" not in arm:
+        yield f"On {link}: not run, {arm['train'].get('refused', 'it failed')}."
+        return
+    before, after = arm["check"]["before"], arm["check"]["after"]
+    yield (
+        f"On {link} with a rate of {arm['arm']['lr']:.0e} the loss goes from {before['loss']:.2f} to {after['loss']:.3f}, and "
+        f"{after['right']} of {after['of']} answers are right (before: {before['right']})."
+    )
 
 
 def toy(kind: str, name: str) -> str:
     """Give what the toy study measured of a file, in a sentence or two."""
     up = "../" if FOLDERS[kind] else ""
     link = f"[a problem whose best answer is known]({up}toy.md)"
-    own = [a for a in measured()["arms"] if a["kind"] == kind and re.split(r"\W", a["name"])[0] == name]
+    own = [a for a in measured("toy")["arms"] if a["kind"] == kind and re.split(r"\W", a["name"])[0] == name]
     lines = []
     for arm in own:
         label = "" if arm["name"] == name else f" ({arm['name'].partition(', ')[2]})"
@@ -158,7 +181,7 @@ def method_page(name: str) -> str:
             f"Needs: {needed(method)}.\n",
             f"File: {file_format(name, method)}.\n",
             "## Measured\n",
-            toy("method", name) + "\n",
+            figures("method", name),
         ]
     )
 
@@ -232,7 +255,7 @@ def init_page(name: str) -> str:
             "B A is what quantization took from the weight, so the start is nearer to the float model than the base is."
         )
     facts = [f"Needs: {wanted}.\n", off + "\n", f"Methods: {listed(probe.init_refusals(name))}\n"]
-    return "\n".join([*head("init", name), "## Works with\n", *facts, "## Measured\n", toy("init", name) + "\n"])
+    return "\n".join([*head("init", name), "## Works with\n", *facts, "## Measured\n", figures("init", name)])
 
 
 def optimizer_page(name: str) -> str:
@@ -256,7 +279,7 @@ def optimizer_page(name: str) -> str:
             "## Size\n",
             f"State on a layer of {out} × {width} with default settings: {', '.join(kept) or 'not measured on a processor'}.\n",
             "## Measured\n",
-            toy("optimizer", name) + "\n",
+            figures("optimizer", name),
         ]
     )
 
@@ -276,7 +299,7 @@ def controller_page(name: str) -> str:
             chosen,
             f"Methods: {listed(probe.controller_refusals(name))}\n",
             "## Measured\n",
-            toy("controller", name) + "\n",
+            figures("controller", name),
         ]
     )
 
@@ -288,6 +311,8 @@ def index() -> str:
         "One page each. They are made from the code by `docs/generate.py` and compared with it by a test; what they say was asked "
         "of the code, not written down. What all of them come to on one small problem: [toy.md](toy.md).\n",
     ]
+    if measured("smollm2")["arms"]:
+        lines.append("Whether each of them works on a real model, from training to file: [smollm2.md](smollm2.md).\n")
     for kind, (registry, heading) in KINDS.items():
         header = [f"`{KEYS[kind]}`", ""]
         rows = [[f"[{name}]({FOLDERS[kind]}{name}.md)", title(doc(kind, name)[0])] for name in sorted(registry)]

@@ -9,7 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import train
+    from .api import train, train_many
+    from .combine.bank import bank
     from .combine.mixture import mixture
     from .core.adapter import AbstractAdapter, AdditiveAdapter, Method
     from .core.attach import active, adapters, attach, detach, disabled, names, trainable, use
@@ -37,6 +38,7 @@ __all__ = [
     "active",
     "adapters",
     "attach",
+    "bank",
     "calibrate",
     "detach",
     "disabled",
@@ -48,13 +50,15 @@ __all__ = [
     "save",
     "summary",
     "train",
+    "train_many",
     "trainable",
     "unmerge",
     "use",
 ]
 
 _MODULES = {
-    "api": ("train",),
+    "api": ("train", "train_many"),
+    "combine.bank": ("bank",),
     "combine.mixture": ("mixture",),
     "core.adapter": ("AbstractAdapter", "AdditiveAdapter", "Method"),
     "core.attach": ("active", "adapters", "attach", "detach", "disabled", "names", "trainable", "use"),

@@ -192,7 +192,9 @@ def test_the_targets_name_the_modules_and_no_others(probed: tuple[Any, Probe]) -
     model, found = probed
     for choice in advise(found).choices:
         names = targets(choice.modules, found.modules)
-        chosen = {site.name for spot in places_of(model, lk.LoRA(r=2), Target(target_modules=names)) for site in spot.sites}
+        chosen = {
+            site.name for spot in places_of(model, lk.LoRA(r=2), Target(target_modules=names)) for site in spot.sites
+        }
         assert chosen == {m.place.name for m in choice.modules}, choice.name
 
 

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -133,7 +132,20 @@ def test_the_command_takes_the_rate_in_force_from_the_checkpoint(
     from lorakit.cli.main import run
 
     output = tmp_path / "run"
-    train = ["train", "-q", "--model", tiny_model, "--data", rows(8), "--output", output, "--max-steps", 4, "--lr", 0.01]
+    train = [
+        "train",
+        "-q",
+        "--model",
+        tiny_model,
+        "--data",
+        rows(8),
+        "--output",
+        output,
+        "--max-steps",
+        4,
+        "--lr",
+        0.01,
+    ]
     more = ["--dtype", "float32", "--save-steps", 2, "--schedule", "linear", "--warmup", 0, "--b-ratio", 2]
     assert run([str(a) for a in [*train, *more]]) == 0
     capsys.readouterr()

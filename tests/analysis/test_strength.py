@@ -13,6 +13,7 @@ from torch import nn
 import lorakit as lk
 from lorakit.analysis.rescale import rescale
 from lorakit.analysis.rowwise import Rows
+from lorakit.analysis.skeleton import Layer
 from lorakit.analysis.strength import Strength, Sweep, measure
 from lorakit.analysis.strength_judgements import judged
 from lorakit.core.attach import adapters, disabled
@@ -20,7 +21,6 @@ from lorakit.core.errors import UsageError
 from lorakit.core.scaling import scalable, set_strength, spots
 from lorakit.data.dataset import Example
 from lorakit.interop.adapter_directory import load, save
-from lorakit.analysis.skeleton import Layer
 from lorakit.theory.number import Kind
 
 METHODS: dict[str, Any] = {

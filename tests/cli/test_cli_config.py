@@ -22,6 +22,8 @@ from lorakit.train.config_file import load
         ("-o out --model m --data d --method lora", ["output=out", "model=m", "data=d", "method=lora"]),
         ("--checkpointing --skip_bad_rows", ["checkpointing=true", "skip_bad_rows=true"]),
         ("--no-checkpointing --load-best true", ["checkpointing=false", "load_best=true"]),
+        ("--checkpointing auto --checkpointing 12", ["checkpointing=auto", "checkpointing=12"]),
+        ("--no-load-best --checkpointing --seed 3", ["load_best=false", "checkpointing=true", "seed=3"]),
         ("--bf16 --bf16 False --gradient_checkpointing", ["bf16=true", "bf16=False", "gradient_checkpointing=true"]),
         ("--use_rslora --use_peft --r 4", ["use_rslora=true", "use_peft=true", "r=4"]),
         ("--seed -1", ["seed=-1"]),

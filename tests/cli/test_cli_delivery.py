@@ -38,6 +38,29 @@ def test_merge_check_measures_the_model_that_merge_writes(
         assert {"value", "kind", "null", "ci", "n", "inputs", "cost", "formula_id"} == set(number)
 
 
+def test_merge_check_measures_a_model_quantized_after_merging(
+    lorakit: Callable[..., Any], trained: Path, orders_file: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    from lorakit.cli.held_out import held_out
+    from lorakit.cli.measure import losses
+    from lorakit.cli.opened import open_model
+    from lorakit.models.quantize import quantize
+
+    flags = ["--dtype", "nf4", "--eval", orders_file, "--json", "--threshold", 0, "--max-noise", 10]
+    done = lorakit("merge-check", trained, *flags)
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert "predicted_noise" not in found["numbers"]
+    assert lorakit("merge", trained, "-o", tmp_path / "merged", "--dtype", "float32").code == 0
+    opened = open_model(str(tmp_path / "merged"), dtype="float32")
+    quantize(opened.model, "nf4")
+    _, dataset = held_out(opened, str(orders_file), None, 0)
+    wanted = losses(opened, dataset)["eval_loss"]
+    assert found["loss"]["loss_after"]["value"] == pytest.approx(wanted, rel=1e-5)
+    assert wanted != pytest.approx(found["loss"]["loss_before"]["value"], rel=1e-3)
+
+
 @pytest.mark.parametrize("limit", [["--threshold", 1.5], ["--max-noise", 1e-6]])
 def test_merge_check_fails_a_gate(lorakit: Callable[..., Any], trained: Path, limit: list) -> None:
     done = lorakit("merge-check", trained, *limit)

@@ -149,3 +149,22 @@ def test_every_init_file_is_covered_above() -> None:
 def test_impossible_settings_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(lk.LorakitError, match=next(iter(bad))):
         lk.LoRA(**bad)
+
+
+def test_two_adapters_train_a_copy_each_of_a_module_in_full() -> None:
+    """The second copies the module, not what the first one has put on it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(IN, IN), nn.Linear(IN, OUT)).double()
+    x = torch.randn(3, IN).double()
+    base = model(x)
+    for name in ("one", "two"):
+        lk.attach(model, lk.LoRA(r=2), target_modules=["0"], modules_to_save=["1"], name=name)
+        assert torch.equal(model(x), base)
+        model(x).sum().backward()
+        with torch.no_grad():
+            model[1].adapters[name].copy.weight.add_(1.0)
+    assert sorted(name for name, _ in model[1].adapters.named_parameters()) == [
+        f"{name}.copy.{leaf}" for name in ("one", "two") for leaf in ("bias", "weight")
+    ]
+    assert type(model[1].adapters["two"].copy) is nn.Linear
+    assert model[1].adapters["two"].copy.weight.grad is not None

@@ -95,7 +95,9 @@ def test_only_the_routers_learn_and_the_adapters_may_go() -> None:
     model = model_with(["narrow", "wide"])
     lk.mixture(model, ["narrow", "wide"])
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == {f"{path}.adapters.mixture.{n}" for path in ("embed", "down", "head") for n in ("router", "shift")}
+    assert trained == {
+        f"{path}.adapters.mixture.{n}" for path in ("embed", "down", "head") for n in ("router", "shift")
+    }
     routers(model, [0.4, -0.7], 0.2)
     y = model.eval()(IDS)
     lk.detach(model, "narrow"), lk.detach(model, "wide")

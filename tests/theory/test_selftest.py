@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lorakit.analysis.loader_check import LOADER
-from lorakit.theory import curvature, gauge, gradients, rounding
+from lorakit.theory import curvature, flops, gauge, gradients, noise, rounding, smoothness, tails
 from lorakit.theory.checks.outcome import Outcome, Where
 from lorakit.theory.formulas import FORMULAS
 from lorakit.theory.number import Kind, Number
@@ -52,6 +52,11 @@ def test_a_wrong_spectrum_is_caught(monkeypatch: pytest.MonkeyPatch, name: str, 
         (gauge, "drift", lambda dA, dB, lr: 0 * dA @ dA.T, "T8"),
         (curvature, "adam_threshold", lambda lr, beta1=0.9: 2 / lr, "T13"),
         (rounding, "ulp", lambda W, dtype: torch.full(W.shape, torch.finfo(dtype).eps), "T22"),
+        (flops, "compression", lambda d, k, r: d * k / (d * r), "T50"),
+        (smoothness, "factor_curvature", lambda A, B, s, L, G: s * L, "T51"),
+        (smoothness, "product_speed", lambda u, a, m: (a**2 + 2 * u) * (m - u), "T52"),
+        (noise, "keep_cost", lambda y: 2.0, "T53"),
+        (tails, "exponent", lambda x, least: tails.Tail(len(x) / float(x.log().sum()), 0.02, len(x)), "T54"),
     ],
 )
 def test_a_wrong_formula_is_caught(

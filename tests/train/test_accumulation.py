@@ -53,7 +53,7 @@ def job(**options: Any) -> loop.Job:
     lk.attach(model, lk.METHODS["full"]())
     settings = OptimConfig(name="flora", lr=1e-2, betas=(0.0, 0.999), options={"rank": RANK, "seed": 3, **options})
     around: Any = SimpleNamespace(
-        model=model, task=Squares(), examples=[Example([], [], i, "") for i in range(ROWS)], clip=None, seed=0,
+        model=model, adapter="default", task=Squares(), examples=[Example([], [], i, "") for i in range(ROWS)], clip=None, seed=0,
         optimizer=OPTIMIZERS["flora"](parameter_groups(model, "default", settings), settings), stop=None,
         controller=SimpleNamespace(penalty=lambda: None, after_update=lambda *_: None), directory=Path("nowhere"), diagnostics=Nothing(),
     )  # fmt: skip
@@ -80,7 +80,7 @@ def test_three_micro_batches_are_adafactor_on_the_projected_mean() -> None:
         P = projection(3 ^ OTHER_SEED, 0, step, (OUT, IN), RANK, G)
         theirs.grad = up(P, down(P, G), G.shape)
         assert (theirs.grad - G).norm() > 0.5 * G.norm(), "the compression must be seen"
-        loop.update(around, loop.State(step=step), WINDOW)
+        loop.alone(loop.update(around, loop.State(step=step), WINDOW))
         reference.step()
         error = (change.detach() - theirs.detach()).norm() / theirs.detach().norm()
         assert error < 1.5e-8
@@ -89,9 +89,9 @@ def test_three_micro_batches_are_adafactor_on_the_projected_mean() -> None:
 def test_one_micro_batch_or_compress_off_is_the_gradient_itself() -> None:
     alone, off, once = job(), job(compress=False), job(compress=False)
     assert isinstance(alone.optimizer, Accumulating) and not isinstance(off.optimizer, Accumulating)
-    loop.update(alone, loop.State(), Window(1.0, [list(range(ROWS))], False))
-    loop.update(off, loop.State(), WINDOW)
-    loop.update(once, loop.State(), Window(1.0, [list(range(ROWS))], False))
+    loop.alone(loop.update(alone, loop.State(), Window(1.0, [list(range(ROWS))], False)))
+    loop.alone(loop.update(off, loop.State(), WINDOW))
+    loop.alone(loop.update(once, loop.State(), Window(1.0, [list(range(ROWS))], False)))
     assert torch.equal(parameter(alone), parameter(once))
     torch.testing.assert_close(parameter(off), parameter(once), rtol=1e-12, atol=1e-12)
 

@@ -32,7 +32,7 @@ from lorakit.train.checkpoint import optimizer_tensors
 from lorakit.train.config import RunConfig
 from lorakit.train.config_file import loads
 from lorakit.train.controllers import CONTROLLERS
-from lorakit.train.loop import Job, State, restore, update
+from lorakit.train.loop import Job, State, alone, restore, update
 from lorakit.train.progress import Progress
 from lorakit.train.session import ORDINARY
 
@@ -264,7 +264,7 @@ def late(config: RunConfig, refusal: UsageError) -> bool:
 
 
 def step(job: Job, state: State) -> None:
-    update(job, state, job.steps[state.step])
+    alone(update(job, state, job.steps[state.step]))
     state.step += 1
 
 

@@ -80,7 +80,13 @@ METHODS: list[dict[str, Any]] = [
     {"method__name": "adalora", "method__r": ..., "method__init_r": 6, "method__target_r": 3},
     {"method__name": "molora", "method__num_experts": 3, "method__top_k": 2, "method__dropout": 0.1},
     {"method__name": "dora", "method__dropout": 0.1},
-    {"method__name": "full", "method__r": ..., "optim__name": "flora", "optim__options": {"rank": 4}, "train__batch_size": 2},
+    {
+        "method__name": "full",
+        "method__r": ...,
+        "optim__name": "flora",
+        "optim__options": {"rank": 4},
+        "train__batch_size": 2,
+    },
     {"method__name": "lora", "train__controller": {"name": "relora", "every": 2}},
 ]
 
@@ -99,7 +105,13 @@ def test_a_watched_run_that_was_stopped_has_seen_the_same(
     configure: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed in a look and between looks: the start of A, the sums and the alarms come back from the checkpoint."""
-    settings = {"method__dropout": 0.1, "train__eval_steps": 3, "optim__weight_decay": 0.1, "optim__lr": 0.3, "train__epochs": 2}
+    settings = {
+        "method__dropout": 0.1,
+        "train__eval_steps": 3,
+        "optim__weight_decay": 0.1,
+        "optim__lr": 0.3,
+        "train__epochs": 2,
+    }
     whole, all_of_it, said = go(configure("whole", **settings))
     assert any("diagnose" in text for text in said)  # so that there are alarms to go on with
 
@@ -206,7 +218,11 @@ def test_the_gain_ratio_is_that_of_the_quadratic_model_of_the_step() -> None:
 
 def test_norms_and_movement_are_those_of_the_dense_matrices() -> None:
     step = Step(lr=0.05, ratio=4.0)
-    W, A, before = step.layer.weight.detach(), step.adapter.lora_A.detach().clone(), step.adapter.delta_weight().detach()
+    W, A, before = (
+        step.layer.weight.detach(),
+        step.adapter.lora_A.detach().clone(),
+        step.adapter.delta_weight().detach(),
+    )
     found = step.go()
     after = step.adapter.delta_weight().detach()
     assert found["rho"] == pytest.approx(float(after.norm() / W.norm()), rel=1e-9)
@@ -255,7 +271,9 @@ def test_decay_and_description_length_add_up_over_steps() -> None:
 
 def test_a_wrong_backward_pass_is_noticed() -> None:
     step = Step()
-    step.adapter.lora_A.register_hook(lambda g: 1.02 * g)  # two per cent off, as a wrong scale in a fused operation would be
+    step.adapter.lora_A.register_hook(
+        lambda g: 1.02 * g
+    )  # two per cent off, as a wrong scale in a fused operation would be
     step.go()
     assert any("backward wrong" in text for text in step.said)
     right = Step()
@@ -265,7 +283,9 @@ def test_a_wrong_backward_pass_is_noticed() -> None:
 
 def test_an_alarm_begins_late_and_ends_late() -> None:
     alarms = Alarms(rules("float32"))
-    heard = [alarms.look({"gain_ratio": q}) for q in (0.4, 0.9, 0.4, float("nan"), 0.4, 0.6, 0.6, 0.7, 0.6, 0.7, 0.7, 0.2)]
+    heard = [
+        alarms.look({"gain_ratio": q}) for q in (0.4, 0.9, 0.4, float("nan"), 0.4, 0.6, 0.6, 0.7, 0.6, 0.7, 0.7, 0.2)
+    ]
     assert [i for i, said in enumerate(heard) if said] == [4, 10]
     assert "optim.lr" in heard[4][0]
     assert alarms.on == []

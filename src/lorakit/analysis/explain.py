@@ -6,11 +6,13 @@ A topic is data (`topics/README.md` says which fields it has). Its example is a 
 
 import difflib
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+from .. import analysis
 from ..core.errors import UsageError
 from ..theory.formulas import FORMULAS
 from ..theory.number import Kind
@@ -34,11 +36,13 @@ LABELS: Mapping[str, Mapping[str, str]] = {
         "topics": "Topics",
         "other language": "中文",
         "give": "give",
-        "null": "nothing to see",
-        "median": "median of",
+        "null": "by chance or without effect",
+        "median": "median of {} modules",
         "lowest": "lowest",
         "highest": "highest",
-        "vacuity": "vacuity (1 and above says nothing)",
+        "vacuity": "vacuity, where 1 and above says nothing:",
+        "finished run": "a finished run of a LoRA with AdamW",
+        "factors": "an adapter with factors A and B that are not zero",
         "exact": "exact: an identity, up to rounding",
         "estimate": "estimate: a statistic of a sample, with an interval",
         "bound": "bound: true, and possibly far from what is; see its vacuity",
@@ -62,11 +66,13 @@ LABELS: Mapping[str, Mapping[str, str]] = {
         "topics": "主题",
         "other language": "English",
         "give": "请给出",
-        "null": "无信号时",
-        "median": "中位数, 模块数",
+        "null": "偶然或无作用时",
+        "median": "{} 个模块的中位数",
         "lowest": "最低",
         "highest": "最高",
-        "vacuity": "空洞比(大于等于 1 即无信息)",
+        "vacuity": "空洞比, 大于等于 1 即无信息:",
+        "finished run": "用 AdamW 训练完的 LoRA 运行",
+        "factors": "带有非零因子 A 和 B 的适配器",
         "exact": "精确: 恒等式, 只差舍入",
         "estimate": "估计: 样本统计量, 带区间",
         "bound": "界: 成立, 但可能离实际很远; 看它的空洞比",
@@ -130,7 +136,7 @@ class Topic:
 @functools.cache
 def topics() -> Mapping[str, Topic]:
     """Read all topics, in their order."""
-    folder = resources.files(__package__).joinpath("topics")
+    folder = resources.files(analysis).joinpath("topics")
     pages = {file.name.removesuffix(".yaml"): file for file in folder.iterdir() if file.name.endswith(".yaml")}
     glossary = _yaml(pages.pop("_symbols").read_text("utf-8"))
     found = [read(name, file.read_text("utf-8"), glossary) for name, file in pages.items()]
@@ -141,29 +147,33 @@ def read(name: str, text: str, glossary: Mapping[str, Mapping[str, str]]) -> Top
     """Make a topic of its file. TypeError for a field too many or too few, KeyError for a symbol that nobody explains."""
     fields = _yaml(text)
     texts = {language: Text(**fields.pop(language)) for language in LANGUAGES}
-    own = fields.pop("define", {})
+    own: Mapping[str, Mapping[str, str]] = fields.pop("define", {})
     symbols = {symbol.replace(",", ", "): {**glossary, **own}[symbol] for symbol in fields.pop("symbols").split()}
-    lists = {key: tuple(fields.pop(key, ())) for key in ("words", "formulas", "own", "sources")}
+    lists: dict[str, Any] = {key: tuple(fields.pop(key, ())) for key in ("words", "formulas", "own", "sources")}
     kind = Kind(fields.pop("kind"))
     return Topic(name=name, texts=texts, symbols=symbols, kind=kind, **lists, **fields)
 
 
 def find(query: Sequence[str]) -> list[Topic]:
-    """Give the topics that words mean: the one of that name or formula id, else all in which every word occurs.
+    """Give the topics that words mean: the one of that name, those of a formula id, else all in which every word occurs.
 
-    Raises UsageError with the nearest names if there is none.
+    A word finds what begins with it. Raises UsageError with the nearest names if there is none.
     """
-    name = "-".join(query).lower().replace("_", "-")
+    name = "-".join(query).lower().replace("_", "-").replace(" ", "-")
     if name in topics():
         return [topics()[name]]
-    by_formula = [t for t in topics().values() if name in {f.replace("_", "-") for f in (*t.formulas, *t.own)}]
-    if by_formula:
-        return by_formula
-    words = [word for part in query for word in part.lower().replace("-", " ").replace("_", " ").split()]
-    found = [topic for topic in topics().values() if all(word in _searched(topic) for word in words)]
-    if words and found:
-        exact = [topic for topic in found if " ".join(words) in topic.words]
-        return exact if len(exact) == 1 else found
+    by_id = [t for t in topics().values() if name in {f.replace("_", "-") for f in (*t.formulas, *t.own)}]
+    if by_id:
+        return by_id
+    words = name.split("-")
+    by_name = [t for t in topics().values() if set(words) <= set(t.name.split("-"))]
+    by_alias = [t for t in topics().values() if name in {word.replace(" ", "-") for word in t.words}]
+    for found in (by_name, by_alias):
+        if len(found) == 1:
+            return found
+    found = [t for t in topics().values() if all(_occurs(word, _searched(t)) for word in words)]
+    if found and any(words):
+        return found
     near = nearest(name)
     fix = f"did you mean {', '.join(near)}?" if near else "lorakit explain lists the topics"
     raise UsageError(f"no topic {' '.join(query)!r}", fix=fix)
@@ -182,7 +192,12 @@ def nearest(name: str, count: int = 4) -> list[str]:
 
 def _searched(topic: Topic) -> str:
     said = (f"{text.title} {text.question}" for text in topic.texts.values())
-    return " ".join([topic.name, *topic.words, *topic.formulas, *said]).lower().replace("-", " ").replace("_", " ")
+    text = " ".join(["", topic.name, *topic.words, *topic.formulas, *said])
+    return re.sub(r"[-_(/,?]", " ", text.lower())
+
+
+def _occurs(word: str, text: str) -> bool:
+    return f" {word}" in text if word.isascii() else word in text
 
 
 def _yaml(text: str) -> Any:

@@ -20,6 +20,7 @@ from ..theory import coding, flops, gauge, gradients, rounding, smoothness, tail
 from ..theory import spectrum as sp
 from ..theory.number import Kind, Number
 from .base_weights import BaseWeights
+from .explain import LABELS
 from .inspection import Inspection, inspect_adapter
 from .loaded import LoadedModule, load_adapter
 from .run_files import Run, number, read_run
@@ -174,7 +175,9 @@ def own_numbers(
     """Measure what was asked for. adapter: its directory; a run brings its own. FileError for a directory that is none."""
     wanted = list(wanted)
     if run is not None and not (run / "metrics.jsonl").is_file():
-        raise FileError(f"{run} is not a run directory", why="it has no metrics.jsonl", fix="the `output` of a training run")
+        raise FileError(
+            f"{run} is not a run directory", why="it has no metrics.jsonl", fix="the `output` of a training run"
+        )
     if adapter is None and run is not None and (run / "adapter" / CONFIG).is_file():
         adapter = run / "adapter"
     numbers: dict[str, Number] = {}
@@ -193,12 +196,12 @@ def _what_to_give(name: str, no_adapter: bool, no_base: bool, no_run: bool) -> s
     if name in RECORDED:
         return "--run DIR" if no_run else "train.diagnose: true"
     if name in OF_RUN:
-        return "--run DIR" if no_run else "a finished run of a LoRA with AdamW"
+        return "--run DIR" if no_run else LABELS["en"]["finished run"]
     if no_adapter:
         return "--adapter DIR --base MODEL" if name in FROM_BASE or name in OF_BOTH else "--adapter DIR"
     if no_base and (name in FROM_BASE or name in OF_BOTH):
         return "--base MODEL"
-    return "an adapter with factors A and B that are not zero"
+    return LABELS["en"]["factors"]
 
 
 # --- an adapter ---------------------------------------------------------------------------------------------------------
@@ -281,12 +284,14 @@ def recorded(what: Field, run: Run) -> Number | None:
 def _planned(run: Run, modules: list[LoadedModule]) -> dict[str, Number]:
     """Give what the configuration and the counts of a run say: the first step, and the bound that says nothing."""
     found: dict[str, Number] = {}
-    rate, settings = number(run.config.get("optim.lr")), run.config
+    settings, (steps, rates) = run.config, run.points("lr")
     usual = settings.get("method.init", "kaiming") == "kaiming" and settings.get("optim.name", "adamw") == "adamw"
-    if rate and usual and modules:
-        each = [gradients.adam_first_update(m.shape[0], m.rank or 0, m.scale, rate) for m in modules]
-        inputs = {"lr": rate, "modules": len(modules), "warmup": settings.get("optim.warmup")}
-        found["first_update"] = Number(math.hypot(*each), Kind.ESTIMATE, "first_update", inputs=inputs)
+    if usual and modules and steps and steps[0] == 1:  # the rate of step 1, which warmup makes smaller
+        rate = rates[0] * (number(settings.get("optim.b_ratio")) or 1.0)
+        each = [(m.path, gradients.adam_first_update(m.shape[0], m.rank or 0, m.scale, rate)) for m in modules]
+        found["first_update"] = middle(
+            [(path, Number(size, Kind.ESTIMATE, "first_update", inputs={"lr": rate})) for path, size in each]
+        )
     tokens = run.last("trained_tokens")
     count = sum(flops.parameters(*m.shape, m.rank or 0) for m in modules)
     if tokens and count:

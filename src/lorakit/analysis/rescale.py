@@ -20,12 +20,11 @@ SCALES = ("alpha", "scaling", "randlora_alpha")
 """Settings that a method's change is proportional to."""
 
 
-def rescale(
-    directory: Path, output: Path, gamma: float, layer_of: Callable[[str], Layer] | None = None
-) -> Path:
+def rescale(directory: Path, output: Path, gamma: float, layer_of: Callable[[str], Layer] | None = None) -> Path:
     """Write the adapter with γ times its change, and prove that by reading it again.
 
-    layer_of: kind and shape of a layer of the base, for methods whose files do not say them (`BaseWeights.layer`). Raises UsageError for a strength that is not positive and for a method without a scale in its file, CheckError if what was
+    layer_of: kind and shape of a layer of the base, for methods whose files do not say them (`BaseWeights.layer`). Raises
+    UsageError for a strength that is not positive and for a method without a scale in its file, CheckError if what was
     written is anything else.
     """
     if not (math.isfinite(gamma) and gamma > 0):

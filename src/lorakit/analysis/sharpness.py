@@ -36,9 +36,7 @@ class Adam:
 
     def diagonal(self) -> Tensor:
         """Give (sqrt(v) + eps) / lr of all parameters in one vector."""
-        return torch.cat(
-            [(v.sqrt() + self.eps).flatten() / lr for v, lr in zip(self.squares, self.rates, strict=True)]
-        )
+        return torch.cat([(v.sqrt() + self.eps).flatten() / lr for v, lr in zip(self.squares, self.rates, strict=True)])
 
 
 @dataclass(frozen=True)

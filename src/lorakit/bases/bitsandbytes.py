@@ -7,7 +7,9 @@ all. Run as x·dense(W)^T in the dtype of x. int8: each row divided by its large
 Gradients reach x and never W. What bitsandbytes does on the way and training must not see is switched off here: see the kinds.
 """
 
+import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, cast
 
 import bitsandbytes as bnb
@@ -25,6 +27,57 @@ from ..core.weight import bytes_of, dense, shape_of, store
 @dense.register
 def _read(weight: Params4bit) -> Tensor:
     return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+
+
+_MAPPED = 32 << 20  # bytes from which glibc asks the system for fresh pages, every time
+_PIECE = 1 << 20  # weights dequantized at a time
+
+
+class _Scratch(threading.local):
+    """One buffer a thread and dtype, as large as the largest weight so far, for every layer in turn."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[torch.dtype, Tensor] = {}
+
+    def take(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Give `count` numbers of it."""
+        if dtype not in self.buffers or self.buffers[dtype].numel() < count:
+            self.buffers[dtype] = torch.empty(count, dtype=dtype)
+        return self.buffers[dtype][:count]
+
+
+_SCRATCH = _Scratch()
+
+
+def _read_passing(weight: Params4bit) -> Tensor:
+    """Give what `_read` gives, in memory that the next call overwrites.
+
+    The first touch of fresh pages costs more than the dequantization: 4096 x 11008 in bfloat16 takes 62 ms with them, and
+    15 ms in pieces that go through a buffer (one Zen 4 core). Smaller weights get used memory from the heap anyway.
+    """
+    state, packed = cast(Any, weight.quant_state), weight.data.view(torch.uint8).view(-1)
+    scales = state.absmax
+    if state.nested:
+        scales = bnb.functional.dequantize_blockwise(scales, state.state2) + state.offset
+    count = torch.Size(state.shape).numel()
+    flat = _SCRATCH.take(count, state.dtype)
+    dequantize = torch.ops.bitsandbytes.dequantize_4bit.default
+    for start in range(0, count, _PIECE):
+        end = min(start + _PIECE, count)
+        own = scales[start // state.blocksize : -(-end // state.blocksize)].float()
+        piece = packed[start // 2 : end // 2]
+        made = dequantize(piece, own, state.blocksize, state.quant_type, (end - start,), state.dtype)
+        flat[start:end].copy_(made.view(-1))
+    return flat.view(state.shape)
+
+
+def _is_mapped(weight: Tensor) -> bool:
+    """Whether a 4-bit weight on a processor is, dequantized, a block that the system has to give."""
+    if not isinstance(weight, Params4bit) or weight.device.type != "cpu":
+        return False
+    state = cast(Any, weight.quant_state)
+    count = torch.Size(state.shape).numel()
+    return count * state.dtype.itemsize >= _MAPPED and count % 2 == 0 and _PIECE % state.blocksize == 0
 
 
 @store.register
@@ -91,6 +144,11 @@ class FourBitKind(LinearKind):
     def matrix(self) -> Tensor:
         """Give what the weight holds, by a call that torch.compile can follow: it does not through a singledispatch here."""
         return _read(self.weight) if isinstance(self.weight, Params4bit) else self.weight.detach()
+
+    @classmethod
+    def reader(cls, layer: Any) -> Callable[[], Tensor]:
+        """Dequantize a large weight into one buffer that all such layers use in turn."""
+        return partial(_read_passing, layer.weight) if _is_mapped(layer.weight) else partial(cls.matrix, layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the layer."""

@@ -103,7 +103,10 @@ def show(found: "Advice") -> None:
     lines: list[tuple[object, ...]] = [("rank", "captured", "95 %", "random")]
     lines += [(str(r), *_share(c)) for r, c in found.curve.items()]
     result(table(lines))
-    result("captured: share of the reproducible gradient that this rank on all layers would follow (estimate)\n")
+    result(
+        "captured: share of the reproducible gradient that this rank on all layers would follow (estimate); what training gains"
+    )
+    result("at a rank was seen to be that share or more, never much less (heuristic): a smaller rank may do\n")
     lines = [(f"{found.budget:,} parameters on", "r", "captured", "95 %", "random")]
     for choice in sorted(found.choices, key=lambda c: -(c.share.value if c.share is not None else -math.inf)):
         lines.append((choice.name, str(choice.rank or "-"), *(_share(choice.share) if choice.share else ("-", "", ""))))

@@ -76,7 +76,7 @@ def compress(
         increase = losses["loss_increase"].value
         raise CheckError(
             f"the loss rises by {increase:.4f}, more than {max_loss_increase:g}; nothing was written",
-            fix="a higher rank, --calib, or a larger --max-loss-increase",
+            fix="a higher rank, the other way to cut (--calib), or a larger --max-loss-increase",
             where=str(found),
         )
 
@@ -156,7 +156,9 @@ def report(made: "Compressed", losses: "Mapping[str, Number]", output: Path | No
     result(f"\nparameters {before:,} -> {after:,}" if before else f"\nparameters {after:,}")
     if "predicted_lost_gain" in made.numbers:
         predicted = made.numbers["predicted_lost_gain"]
-        result(f"share of the gain lost, predicted: {predicted.value:.3g} [heuristic: {predicted.inputs['seen']}]")
+        result(
+            f"share of the gain lost, predicted: {predicted.value:.3g} [heuristic; measured: {predicted.inputs['seen']}]"
+        )
     for text in made.notes:
         result(f"note: {text}")
     show_losses(losses, "compressed")

@@ -3,7 +3,9 @@
 import os
 from pathlib import Path
 
-CGROUP = Path("/sys/fs/cgroup")
+from ..core.machine import CGROUP, memory_available, memory_limit, number
+
+__all__ = ["CGROUP", "cores", "memory_available", "memory_limit", "set_threads", "wait_politely"]
 
 
 def cores(cgroup: Path = CGROUP) -> int:
@@ -11,21 +13,6 @@ def cores(cgroup: Path = CGROUP) -> int:
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _quota(cgroup)
     return max(1, min(allowed, round(quota) if quota else allowed))
-
-
-def memory_limit(cgroup: Path = CGROUP) -> int:
-    """Give the bytes of memory this process may use, as far as the system says; 0 if it does not."""
-    limits = [_number(cgroup / "memory.max"), _number(cgroup / "memory" / "memory.limit_in_bytes"), _physical()]
-    return min((limit for limit in limits if 0 < limit < 2**60), default=0)
-
-
-def memory_available(cgroup: Path = CGROUP) -> int:
-    """Give the bytes of memory that are free for this process now; 0 if the system does not say."""
-    free = _meminfo("MemAvailable")
-    limit, used = _number(cgroup / "memory.max"), _number(cgroup / "memory.current")
-    if 0 < limit < 2**60 and used:
-        return max(0, min(free, limit - used))
-    return free
 
 
 def wait_politely() -> None:
@@ -52,26 +39,7 @@ def _quota(cgroup: Path) -> float:
     try:
         quota, period = (cgroup / "cpu.max").read_text().split()
     except (OSError, ValueError):
-        quota, period = (str(_number(cgroup / "cpu" / f"cpu.cfs_{name}_us")) for name in ("quota", "period"))
+        quota, period = (str(number(cgroup / "cpu" / f"cpu.cfs_{name}_us")) for name in ("quota", "period"))
     if quota == "max" or int(quota) <= 0 or int(period) <= 0:
         return 0.0
     return int(quota) / int(period)
-
-
-def _number(file: Path) -> int:
-    try:
-        return int(file.read_text())
-    except (OSError, ValueError):  # absent, or "max"
-        return 0
-
-
-def _physical() -> int:
-    return _meminfo("MemTotal")
-
-
-def _meminfo(field: str) -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)

@@ -19,6 +19,7 @@ from . import (
     data,
     doctor,
     evaluate,
+    explain,
     extract,
     generate,
     init,
@@ -32,6 +33,7 @@ from . import (
     selftest,
     sharpness,
     strength,
+    sweep,
     train,
 )
 from .errors import exit_code, show
@@ -51,6 +53,7 @@ COMMANDS = (
     ("plan", plan.plan, ()),
     ("advise", advise.advise, ()),
     ("train", train.train, ("finetune", "sft")),
+    ("sweep", sweep.sweep, ()),
     ("eval", evaluate.evaluate, ("evaluate",)),
     ("generate", generate.generate, ("infer",)),
     ("chat", chat.chat, ()),
@@ -62,6 +65,7 @@ COMMANDS = (
     ("compress", compress.compress, ()),
     ("compare", compare.compare, ()),
     ("extract", extract.extract, ()),
+    ("explain", explain.explain, ()),
     ("report", report.report, ()),
     ("bench", bench.bench, ()),
     ("doctor", doctor.doctor, ()),
@@ -69,7 +73,7 @@ COMMANDS = (
     ("schema", schema.schema, ()),
 )
 FREE_FORM = {"allow_extra_args": True, "ignore_unknown_options": True}
-TAKES_CONFIG_KEYS = (plan.plan, train.train)
+TAKES_CONFIG_KEYS = (plan.plan, train.train, sweep.sweep)
 
 
 def make_app() -> typer.Typer:

@@ -9,7 +9,8 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
 from ..core.errors import UsageError
 
@@ -91,7 +92,8 @@ def _value(flag: str, key: str, rest: list[str]) -> str:
             raise UsageError(f"unknown option {flag}", why=f"{key} is no switch", fix=f"--{key} VALUE")
         return "false"
     if _is_switch(key):
-        return rest.pop(0) if rest and rest[0].lower() in ("true", "false") else "true"
+        values = ("true", "false", *_other_values(key))
+        return rest.pop(0) if rest and (rest[0].lower() in values or _counts(key, rest[0])) else "true"
     if not rest:
         raise UsageError(f"{flag} needs a value", fix=f"{flag} VALUE")
     return rest.pop(0)
@@ -124,13 +126,35 @@ def _known() -> Iterator[str]:
 
 
 def _is_switch(key: str) -> bool:
-    """Say whether a key is true or false."""
-    from ..train.aliases import CONVERTED, NEEDLESS, RENAMED
-    from ..train.config_schema import all_keys, flat_names
+    """Say whether a key is true or false, or can be."""
+    from ..train.aliases import CONVERTED, NEEDLESS
 
     if key in CONVERTED:
         return key in ("lora_target_linear", "bf16", "fp16", "load_in_4bit", "load_in_8bit")
     if key in NEEDLESS:
         return key in ("logging_first_step", "use_peft", "remove_unused_columns")
+    return bool in _types(key)
+
+
+def _other_values(key: str) -> list[str]:
+    """Give the texts that a switch may be besides true and false."""
+    from ..train.config_schema import choices
+
+    return [text for kind in _types(key) for text in choices(kind)]
+
+
+def _counts(key: str, text: str) -> bool:
+    """Say whether `text` is a number, and the switch may be one."""
+    return text.isdigit() and any(get_origin(kind) is Annotated for kind in _types(key))
+
+
+def _types(key: str) -> Sequence[Any]:
+    """Give the types that a key may have."""
+    from ..train.aliases import RENAMED
+    from ..train.config_schema import all_keys, flat_names
+
     section, dot, name = RENAMED.get(key, flat_names().get(key, key)).partition(".")
-    return bool(dot) and all_keys()[section][name].hint is bool
+    if not dot:
+        return ()
+    hint = all_keys()[section][name].hint
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)

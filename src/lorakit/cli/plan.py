@@ -77,6 +77,7 @@ def text(config: "RunConfig", made: "Plan") -> str:
         ("steps", f"{made.steps} of {made.rows_per_step} rows ({passes:.1f} passes)"),
         ("memory", f"{gigabytes(need.total)} GB at the peak, {gigabytes(made.available)} GB free"),
         ("", parts),
+        *([("", made.choice.words)] if made.choice else []),
         ("time", f"roughly {duration(made.seconds)}, evaluations not counted"),
         ("output", config.output),
     ]
@@ -86,11 +87,12 @@ def text(config: "RunConfig", made: "Plan") -> str:
 def savings(config: "RunConfig", made: "Plan") -> list[str]:
     """Give the settings that need less, with what each saves."""
     from ..models import resolve
-    from .planning import adapted_skeleton, requirement
+    from ..train.need import requirement
+    from .planning import adapted_skeleton
 
     tries: list[tuple[str, Any]] = []
     options = config.train
-    if not options.checkpointing:
+    if options.checkpointing is not True and options.checkpointing != "auto":
         tries.append(("train.checkpointing: true", replace(options, checkpointing=True)))
     if options.batch_tokens is None and options.batch_size > 1:
         half = options.batch_size // 2
@@ -100,7 +102,8 @@ def savings(config: "RunConfig", made: "Plan") -> list[str]:
     for words, other in tries:
         changed = replace(config, train=other)
         model, _ = adapted_skeleton(changed, made.data, resolve(config.model.name))
-        saved = made.need.total - requirement(changed, made.data, model).total
+        recomputed = made.recomputed if other.checkpointing == "auto" else other.checkpointing
+        saved = made.need.total - requirement(changed, made.data, model, recomputed).total
         found.append(f"{words} (-{gigabytes(saved)} GB)")
     return [*found, "a smaller train.max_length", "a smaller base model"]
 

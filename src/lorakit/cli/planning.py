@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from .machine import memory_available
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ..data import Dataset
     from ..models.memory import Estimate
     from ..train.config import RunConfig
+    from ..train.need import Choice
 
 LOW_RATE, LARGE_BATCH = 5e-5, 32  # below and above these LoRA learns worse than it could
 
@@ -31,6 +32,10 @@ class Plan:
     seconds: float
     available: int
     advice: list[str]
+    recomputed: int
+    """Blocks that recompute their activations; True: all."""
+    choice: "Choice | None"
+    """How that was found, if it is `auto`."""
 
     def as_dict(self) -> dict[str, Any]:
         """Give plain values for JSON."""
@@ -54,6 +59,7 @@ class Plan:
             "memory_bytes": {**memory, "total": self.need.total, "available": self.available},
             "flops_per_step": self.need.flops,
             "fits": self.fits,
+            "recomputed_blocks": self.recomputed,
             "advice": self.advice,
         }
 
@@ -66,6 +72,8 @@ class Plan:
 def make_plan(config: "RunConfig") -> Plan:
     """Find out everything about a run except its result. Raises what training would raise before its first step."""
     from ..models import resolve
+    from ..models.memory import resident_bytes
+    from ..train.need import choose, requirement
     from ..train.steps import Steps
 
     data, valid = _data(config)
@@ -80,57 +88,16 @@ def make_plan(config: "RunConfig") -> Plan:
         max_steps=options.max_steps,
     ).total
     model, summary = adapted_skeleton(config, data, resolve(config.model.name))
-    need = requirement(config, data, model)
+    recomputed, choice, runtime = options.checkpointing, None, resident_bytes()
+    if recomputed == "auto":
+        choice = choose(config, data, model, _available(), runtime=runtime)
+        recomputed = choice.recomputed
+    need = requirement(config, data, model, recomputed, runtime=runtime)
     rows = round(min(_rows(config, data) * options.accumulate, len(data)))
     dtype = str(model.dtype).removeprefix("torch.")
     seconds = steps * need.flops / matrix_speed(dtype)
     advice = list(_advice(config, data, summary, rows))
-    return Plan(data, valid, summary, need, dtype, steps, rows, seconds, _available(), advice)
-
-
-def requirement(config: "RunConfig", data: "Dataset", model: Any) -> "Estimate":
-    """Estimate memory and work of one step on the longest rows."""
-    from ..models.load import pick_device
-    from ..models.memory import estimate
-    from ..models.modes import checkpoint_activations
-
-    if config.train.checkpointing:
-        checkpoint_activations(model)
-    length = max(data.lengths)
-    rows = max(1, config.train.batch_tokens // length) if config.train.batch_tokens else config.train.batch_size
-    share = data.stats.trained_tokens / data.stats.tokens
-    need = estimate(
-        model,
-        rows=rows,
-        length=length,
-        trained_tokens=round(rows * length * share) if data.labels is None else None,
-        packed=data.labels is None,
-        accumulate=config.train.accumulate,
-        optimizer=_optimizer_bytes(config, model),
-        device=pick_device(),
-    )
-    return replace(need, weights=need.weights - _saved_by_quantizing(config, model))
-
-
-def _optimizer_bytes(config: "RunConfig", model: Any) -> int:
-    """Give the bytes that the optimizer says its state will take."""
-    from ..optim import OPTIMIZERS, parameter_groups
-
-    groups = parameter_groups(model, ADAPTER, config.optim)
-    return vars(OPTIMIZERS.module(config.optim.name))["planned_bytes"](groups, config.optim)
-
-
-def _saved_by_quantizing(config: "RunConfig", model: Any) -> int:
-    """Give the bytes that model.quantize takes off the weights."""
-    from ..bases import require
-    from ..core.attach import Replacement, adapters
-    from ..models.quantize import saved_bytes
-
-    if config.model.quantize is None:
-        return 0
-    require(config.model.quantize)
-    in_full = [path for path, _, adapter in adapters(model) if isinstance(adapter, Replacement)]
-    return saved_bytes(model, config.model.quantize, in_full)
+    return Plan(data, valid, summary, need, dtype, steps, rows, seconds, _available(), advice, recomputed, choice)
 
 
 def matrix_speed(dtype: str, size: int = 1024, seconds: float = 0.2) -> float:
@@ -173,24 +140,17 @@ def _data(config: "RunConfig") -> tuple["Dataset", "Dataset | None"]:
 
 def adapted_skeleton(config: "RunConfig", data: "Dataset", path: Any) -> tuple[Any, "Summary"]:
     """Give the model without weights, the adapter attached, and what it amounts to."""
-    from ..core.attach import place, trainable, use
     from ..core.summary import summary
-    from ..core.target import Target
     from ..models.skeleton import skeleton
-    from ..train.start import with_experts
+    from ..train.need import adapted
 
     classify = data.labels is not None
     task = "classification" if classify else "causal"
     model = skeleton(path, task=task, dtype=config.model.dtype, labels=data.labels)
-    fields = dict(vars(config.method.target))
+    body, head = f"{model.base_model_prefix}.", list[str]()
     if classify:  # what is not the body is the head, and trained in full
-        body = f"{model.base_model_prefix}."
-        head = {name.rpartition(".")[0] for name, _ in model.named_parameters() if not name.startswith(body)}
-        fields["modules_to_save"] = sorted({*(fields["modules_to_save"] or ()), *head})
-    method, target, _ = with_experts(model, config.method.config, Target(**fields))
-    place(model, method, target, ADAPTER)  # not `attach`: start values need weights
-    trainable(use(model, ADAPTER), ADAPTER)
-    return model, summary(model, ADAPTER)
+        head = sorted({name.rpartition(".")[0] for name, _ in model.named_parameters() if not name.startswith(body)})
+    return adapted(model, config, head), summary(model, ADAPTER)
 
 
 def _rows(config: "RunConfig", data: "Dataset") -> float:

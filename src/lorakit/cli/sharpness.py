@@ -49,7 +49,9 @@ def sharpness(
     if adam is not None and lr is not None:
         adam = replace(adam, rates=[lr * rate / max(adam.rates) for rate in adam.rates])
     if adam is None:
-        note("no optimizer's state: --checkpoint RUN/checkpoints/step-... compares the learning rate with the curvature")
+        note(
+            "no optimizer's state: --checkpoint RUN/checkpoints/step-... compares the learning rate with the curvature"
+        )
     found = measure(parameters, gradient_of(chosen, parameters), steps=steps, adam=adam, seed=seed)
     if json:
         json_result(as_dict(found))
@@ -129,8 +131,12 @@ def show(found: "Sharpness") -> None:
     name = "eigenvalue of H" if found.adam is None else "eigenvalue of lr P^-1 H"
     order = sorted(range(len(found.values)), key=lambda i: -float(found.values[i]))
     shown = order if len(order) <= 8 else [*order[:5], *order[-3:]]
-    result(table([(name, "±"), *((f"{float(found.values[i]):+.5g}", f"{float(found.residuals[i]):.1g}") for i in shown)]))
-    result(f"{found.steps} steps, {len(found.negative)} values certainly below zero (a saddle is usual; flat is not better)")
+    result(
+        table([(name, "±"), *((f"{float(found.values[i]):+.5g}", f"{float(found.residuals[i]):.1g}") for i in shown)])
+    )
+    result(
+        f"{found.steps} steps, {len(found.negative)} values certainly below zero (a saddle is usual; flat is not better)"
+    )
     judgement = found.judgement()
     if judgement is not None:
         result("")

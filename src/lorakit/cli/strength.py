@@ -23,7 +23,7 @@ def strength(
     retain: str = typer.Option(None, "--retain", help="Rows of what the base model should still do."),
     output: Path = typer.Option(None, "--output", "-o", help="Write the adapter at its best strength here."),
     gamma: float = typer.Option(None, "--gamma", help="Write it at this strength instead."),
-    rows: int = typer.Option(128, "--rows", min=0, help="Rows to measure on, evenly spaced; 0 for all."),
+    rows: int = typer.Option(64, "--rows", min=0, help="Rows to measure on, evenly spaced; 0 for all."),
     format: str = typer.Option(None, "--format", help="Form of the rows; found by looking when absent."),
     base: str = BASE,
     dtype: str = DTYPE,
@@ -95,6 +95,13 @@ def show(found: "Strength", written: dict[str, Any] | None) -> None:
     slope = found.slope
     low, high = slope.interval or (slope.value, slope.value)
     result(f"\ndL/dγ at γ = 1  {slope.value:+.4g} (95 %: {low:+.4g} to {high:+.4g}), exact on these rows")
+    for name, sweep in (("task", found.task), ("retain", found.retain)):
+        kls = None if sweep is None else sweep.kls()
+        if kls is not None:
+            low, high = kls[1.0].interval or (kls[1.0].value,) * 2
+            result(
+                f"KL(base || adapted) on the {name} rows  {kls[1.0].value:.4g} (95 %: {low:.4g} to {high:.4g}) nats a token"
+            )
     if not math.isnan(found.mismatch):
         result(f"<A, dA> and <B, dB> differ by {found.mismatch:.1e} of their size: the backward pass is right")
     if found.kept:
@@ -149,6 +156,5 @@ def _modules(found: "Strength") -> Any:
 def tell(judgement: "Judgement") -> None:
     """Print a judgement: what it says, and under it what to do and what would refute it."""
     null = "" if judgement.number.null is None else f", {judgement.number.null:g} if there were nothing to see"
-    name = style(judgement.name.replace("_", " "), "yellow", sys.stdout)
-    result(f"{name}: {judgement.statement} [{judgement.number.kind}{null}]")
+    result(f"{style('judged:', 'yellow', sys.stdout)} {judgement.statement} [{judgement.number.kind}{null}]")
     result(f"  next: {judgement.after}\n  refuted by: {judgement.refuted_by}")

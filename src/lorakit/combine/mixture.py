@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ..core.adapter import AbstractAdapter, Base
 from ..core.attach import Replacement, adapters, attach, detach, require
 from ..core.errors import UsageError
-from ..core.fused import Parts
 from ..core.statistics import Statistics
 from ..core.target import Target
 from ..interop.adapter_directory import load
@@ -78,7 +77,7 @@ def _factors(model: nn.Module, name: str) -> Iterator[tuple[str, tuple[Tensor, T
         training = adapter.training
         adapter.eval()  # dropout belongs to training: an expert has none
         try:
-            factors = _of_parts(adapter, layer) if isinstance(adapter, Parts) else _of(adapter, layer)
+            factors = _of(adapter, layer)
         finally:
             adapter.train(training)
         if factors is None:
@@ -95,18 +94,6 @@ def _of(adapter: AbstractAdapter, layer: nn.Module) -> tuple[Tensor, Tensor] | N
     if change is None or change.gain is not None:
         return None
     return change.A.detach(), (change.scale * change.B).detach()
-
-
-def _of_parts(adapter: Parts, layer: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """Give one pair for the whole fused layer: A stacked, B block by block."""
-    pairs = {name: _of(part, layer) for name, part in adapter.each()}
-    columns = []
-    for name, pair in pairs.items():
-        if pair is None:
-            return None
-        column = pair[1].new_zeros(adapter.out_features, len(pair[0]))
-        columns.append(column.index_copy(0, adapter.rows(name), pair[1]))
-    return torch.cat([A for A, _ in cast(dict, pairs).values()]), torch.cat(columns, dim=1)
 
 
 def _stacked(factors: Sequence[tuple[Tensor, Tensor] | None], r: int) -> tuple[Tensor, Tensor]:

@@ -58,6 +58,8 @@ class Replacement(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.copy = copy.deepcopy(module)
+        if isinstance(self.copy, Adapted):  # what other adapters are there is not theirs to copy
+            detach(self.copy)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the copy; the module it replaces comes last and is not needed."""
@@ -202,7 +204,7 @@ def _shape(site: Site) -> Shape:
 
 def place(model: nn.Module, method: Method, target: Target, name: str) -> None:
     """Build adapter `name` on the targeted layers, not started, not active. Nothing changes if anything is wrong."""
-    _check_name(model, name)
+    check_name(model, name)
     built: list[tuple[nn.Module, nn.Module]] = []
     refused: list[tuple[str, UsageError]] = []
     for spot in places(model, method, target):
@@ -228,7 +230,8 @@ def place(model: nn.Module, method: Method, target: Target, name: str) -> None:
             watcher.watch(model)
 
 
-def _check_name(model: nn.Module, name: str) -> None:
+def check_name(model: nn.Module, name: str) -> None:
+    """Raise UsageError for what cannot be the name of a new adapter on this model."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}", name) or name in dir(nn.ModuleDict):
         raise UsageError(
             f"{name!r} is no name for an adapter", fix="letters, digits, _ and -, and not a method of ModuleDict"

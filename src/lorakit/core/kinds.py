@@ -11,9 +11,9 @@ A method that uses only these verbs works on every kind. A new kind is a mixin a
 
 import sys
 from collections.abc import Callable
-from functools import singledispatch
+from functools import partial, singledispatch
 from math import prod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,11 @@ class Kind(nn.Module):
     def matrix(self) -> Tensor:
         """Give W (out, in)."""
         raise NotImplementedError
+
+    @classmethod
+    def reader(cls, layer: Any) -> Callable[[], Tensor]:
+        """Give what reads the matrix of a layer of this kind for one product: the next reader called may overwrite it."""
+        return partial(cls.matrix, layer)
 
     def laid_out(self, matrix: Tensor) -> Tensor:
         """Give a float tensor in the shape of this layer's weight whose matrix is `matrix`."""

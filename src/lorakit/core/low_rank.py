@@ -20,26 +20,34 @@ def low_rank_of(adapter: nn.Module, layer: nn.Module, name: str, path: str) -> L
         )
     change = adapter.low_rank(cast(Base, layer))
     if change is None or change.gain is not None:
-        dropout = " with dropout" if adapter.training and low_rank_at_rest(adapter, layer) is not None else ""
+        dropped = adapter.training and _at_rest(adapter, layer) is not None
         raise UsageError(
-            f"adapter {name!r}, a {type(adapter).__name__}{dropout} on {path}, cannot run beside others",
+            f"adapter {name!r} cannot run beside others: on {path} it is a {type(adapter).__name__}"
+            + (" with dropout" if dropped else ""),
             why="what it adds is not s B A of the layer's input, which could be added to some rows only",
             fix="leave the dropout out"
-            if dropout
-            else "merge it (lk.merge) and run it alone, or take its low-rank part "
-            "(`lorakit extract` makes one from a merged model)",
+            if dropped
+            else "run it alone, merged (lk.merge) where it must be fast; or take the "
+            "best LoRA of the merged model (`lorakit extract`), which is an approximation",
         )
     return change
 
 
-def low_rank_at_rest(adapter: AbstractAdapter, layer: nn.Module) -> LowRank | None:
-    """Give the change without dropout, which belongs to training; None if it is not gain (W + s B A)."""
+def low_rank_at_rest(adapter: nn.Module, layer: nn.Module, name: str, path: str) -> LowRank:
+    """Give the change without dropout, which belongs to training. Raises what `low_rank_of` raises."""
     training = adapter.training
     adapter.eval()
     try:
-        return adapter.low_rank(cast(Base, layer))
+        return low_rank_of(adapter, layer, name, path)
     finally:
         adapter.train(training)
+
+
+def _at_rest(adapter: AbstractAdapter, layer: nn.Module) -> LowRank | None:
+    try:
+        return low_rank_at_rest(adapter, layer, "", "")
+    except UsageError:
+        return None
 
 
 def delta(x: Tensor, change: LowRank, base: Base) -> Tensor:

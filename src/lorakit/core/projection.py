@@ -1,6 +1,5 @@
 """What a linear layer computes, adapter included, as data: for operations that run several layers at once."""
 
-from functools import partial
 from typing import Any, cast
 
 from torch import nn
@@ -22,7 +21,7 @@ def projection(layer: nn.Module) -> Projection | None:
         return None
     if own.weight.requires_grad or (own.bias is not None and own.bias.requires_grad):
         return None
-    matrix = partial(mixin.matrix, own)
+    matrix = mixin.reader(own)
     if not isinstance(layer, Adapted) or layer.active is None:
         return Projection(matrix, own.bias, None)
     adapter = layer.adapters[layer.active]

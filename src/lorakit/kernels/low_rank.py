@@ -36,7 +36,10 @@ from .spans import Change, LowRank, Routed, Span, each, spans_of
 
 
 class Projection(NamedTuple):
-    """A linear layer: `matrix()` gives the frozen W (out, in), dequantized anew if it is stored in fewer bits."""
+    """A linear layer: `matrix()` gives the frozen W (out, in), dequantized anew if it is stored in fewer bits.
+
+    Such a W is there for one product: the next one may be put in its place.
+    """
 
     matrix: Callable[[], Tensor]
     bias: Tensor | None

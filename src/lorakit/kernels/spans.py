@@ -59,6 +59,8 @@ class Dropout:
         """Give h times the same mask."""
         if not self.p:
             return h
+        if h.is_meta:  # nothing to draw, and no generator for it
+            return h * self._mask(h, None)
         generator = torch.Generator(h.device)
         generator.set_state(self.state)
         return h * self._mask(h, generator)

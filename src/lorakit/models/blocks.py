@@ -21,7 +21,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
 
 from ..core.projection import hooked, projection

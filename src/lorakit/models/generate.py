@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from ..core.bank import route_of
 from ..core.errors import UsageError
 from .console import quiet_transformers
 from .modes import evaluating
@@ -30,15 +31,19 @@ def generate(
     seed: int = 0,
     batch_size: int = 16,
     stop: Sequence[str] | None = None,
+    adapters: Sequence[str | None] | None = None,
 ) -> list[str]:
     """The continuation of every prompt, in order, without the prompt, control tokens and stop text.
 
     A prompt is a text (one user message where the tokenizer has a chat template), a list of messages, or token ids. The
     text ends at an end token, before one of the `stop` texts, or after `max_tokens`. Temperature 0 takes the likeliest
     token; else tokens are drawn from the smallest set that holds `top_p` of the probability, for each prompt from
-    (seed, its index) alone. UsageError for a prompt longer than the model's context, and for settings out of range.
+    (seed, its index) alone. adapters: of a bank (`lk.bank`) that is active, one for each prompt, None being the base.
+    UsageError for a prompt longer than the model's context, and for settings out of range.
     """
     _check(max_tokens, temperature, top_p, batch_size)
+    if adapters is not None and len(adapters) != len(prompts):
+        raise UsageError(f"{len(adapters)} adapters for {len(prompts)} prompts", fix="give one for each prompt")
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     _check_lengths(encoded, _context(model))
     ends = _end_ids(model, tokenizer)
@@ -47,6 +52,8 @@ def generate(
         inputs = _inputs(model, tokenizer, [encoded[i] for i in rows])
         start = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
         room = min(max_tokens, (_context(model) or start + max_tokens) - start)
+        if adapters is not None:
+            route_of(model).set([adapters[i] for i in rows], None)
         with _writing(model, tokenizer, ends, room) as settings:
             tokens = cast(Any, model).generate(
                 **inputs,

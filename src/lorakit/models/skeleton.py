@@ -1,5 +1,6 @@
 """A model without its weights: every module with its shapes, on the meta device, where tensors take no memory."""
 
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from .directory import tensors
 from .load import Task, auto_class, pick_device, pick_dtype, read_config, set_labels
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def skeleton(
@@ -30,9 +31,17 @@ def skeleton(
     config = read_config(path)
     if task == "classification":
         set_labels(config, labels, path)
-    wanted = pick_dtype(dtype, pick_device(device), task, config)
+    return _empty(config, task, pick_dtype(dtype, pick_device(device), task, config))
+
+
+def twin(model: "PreTrainedModel", *, task: Task = "causal") -> "PreTrainedModel":
+    """The skeleton of a loaded model as it was loaded: without its adapters, its weights not quantized."""
+    return _empty(deepcopy(model.config), task, model.dtype)
+
+
+def _empty(config: "PretrainedConfig", task: Task, dtype: torch.dtype) -> "PreTrainedModel":
     with quiet_transformers(), torch.device("meta"):
-        return auto_class(config, task).from_config(config, dtype=wanted, trust_remote_code=False)
+        return auto_class(config, task).from_config(config, dtype=dtype, trust_remote_code=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,7 +107,9 @@ def parameter_groups(
     groups = []
     for kind in ORDER:
         for fast in (False, True):
-            named = [(m.name, m.parameter) for m in members if m.role == kind and m.fast == fast]
+            named = [
+                (_saved_name(m.name, adapter_name), m.parameter) for m in members if (m.role, m.fast) == (kind, fast)
+            ]
             if named:
                 rate = settings.lr * settings.b_ratio if fast else settings.lr
                 decay = settings.weight_decay if kind in decayed else 0.0
@@ -165,6 +167,11 @@ def _members(model: nn.Module, adapter_name: str) -> Iterator[_Member]:
         if parameter.requires_grad:
             kind, fast = declared[id(parameter)]
             yield _Member(name, parameter, kind, fast)
+
+
+def _saved_name(name: str, adapter_name: str) -> str:
+    """Name a parameter as checkpoints do, whatever its adapter is called on this model."""
+    return name.replace(f".adapters.{adapter_name}.", ".adapters.default.")
 
 
 def _check(members: list[_Member], model: nn.Module, adapter_name: str) -> None:

@@ -45,9 +45,9 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "update_large",
         "rho_step",
-        thresholds.FIRST_UPDATE,
+        thresholds.LARGE_UPDATE,
         1,
-        "one step moves the adapted matrices by more than a hundredth of their size",
+        "one step moves the adapted matrices by more than a fifth of their size",
         "lower optim.lr or alpha, or give optim.warmup",
     ),
     Rule(

@@ -64,6 +64,7 @@ FORMULAS: dict[str, Formula] = {
     ),
     # curvature and steps
     "bilinear_spectrum": Formula("s (σ_i ± σ_j), s σ_i, 0", "1/2 ||s B A - M||^2, balanced", "", "T10"),
+    "saddle": Formula("s (σ_i - σ_j), i kept, j missing", "1/2 ||s B A - M||^2, balanced", "arXiv 1605.07110", "T11"),
     "sharpness": Formula("λ_max(H) by Lanczos", "one fixed batch", "Lanczos 1950", "T12"),
     "trace": Formula("mean v^T H v over signs v", "", "Hutchinson 1990", "T12"),
     "adam_threshold": Formula(
@@ -112,7 +113,7 @@ FORMULAS: dict[str, Formula] = {
     ),
     "lost_gain": Formula(
         "share of the gain lost = share of the energy discarded, in outputs if measured",
-        "seen on one tiny model",
+        "within a factor of a few on two models",
         "",
         "T41",
     ),

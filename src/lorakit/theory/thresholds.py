@@ -33,31 +33,42 @@ class Threshold:
 
 
 OVERFIT_STRENGTH = Threshold(0.7, 0.8, f"{_GPT}: best strength 0.25 of the overfit run, 0.9 to 1.0 of the others")
-UNDERTRAINED_STRENGTH = Threshold(1.1, 1.05, f"{_GPT}: none of the finished runs was above 1.0")
+UNDERTRAINED_STRENGTH = Threshold(
+    1.1,
+    1.05,
+    f"{_GPT}: none of the finished runs was above 1.0; runs of the study that were stopped early reach 1.08 to 1.16, good ones 1.09",
+)
 OVERFIT_SLOPE = Threshold(0.3, 0.15, f"{_GPT}: held-out dL/dγ 1.73 of the overfit run, -0.04 to 0.11 of the others")
 GAIN_RATIO = Threshold(0.5, 0.65, f"{_GPT}: .98 .95 .95 .89 of the good rates, .56 and .24 of those too high")
 SHARPNESS = Threshold(
     1.0, 0.8, "a quadratic with momentum, stable at 37.9/lr and diverging at 38.1/lr; arXiv 2207.14484"
 )
 MISMATCH = {
-    "float32": Threshold(1e-3, 5e-4, "an identity: rounding alone, 1e-6 on SmolLM2-135M in float32"),
-    "bfloat16": Threshold(5e-2, 3e-2, "an identity: rounding alone, below 1e-2 on SmolLM2-135M in bfloat16"),
+    "float32": Threshold(1e-4, 5e-5, "an identity: rounding alone, 3e-8 on SmolLM2-135M in float32"),
+    "bfloat16": Threshold(5e-3, 3e-3, "an identity: rounding alone, 1.3e-4 on SmolLM2-135M in bfloat16"),
 }
 LEAST_CHANGE = {"float32": 1e-5, "bfloat16": 1e-3}
 """Expected change of the loss, relative to it, below which rounding decides what is measured of it."""
 FIRST_UPDATE = Threshold(
-    1e-2, 5e-3, "||ΔW_1|| over ||W||: a single step that moves a matrix by a hundredth; a rule of thumb"
+    1e-2, 5e-3, "||ΔW_1|| over ||W|| that is predicted for Adam: a hundredth, a rule of thumb; small models bear more"
+)
+LARGE_UPDATE = Threshold(
+    0.2,
+    0.1,
+    "||ΔW|| of a step over ||W||: 0.077 at most in the good and overfit runs of the study on a tiny model, 0.39 from the "
+    "first step on in those too hot; 2e-4 on SmolLM2-135M",
 )
 INERT_UPDATE = Threshold(1e-6, 2e-6, "||ΔW|| of a step over ||W||: below what bfloat16 keeps of it; a rule of thumb")
 BATCH_OVER_NOISE = Threshold(
-    2.0, 1.5, "rows of a step over the noise scale; arXiv 1812.06162, an order of magnitude only"
+    10.0, 5.0, "rows of a step over the noise scale; arXiv 1812.06162, an order of magnitude only"
 )
 BITS_PER_PARAMETER = Threshold(2.0, 1.8, "bits a run wrote per trained number; about 2 is what is said of full models")
 AMPLE_BITS = 0.1
 """Below this many bits a parameter the rank is no limit."""
 CAPTURED = 0.9
-"""Share of the reproducible gradient that the advised rank must follow: on three small tasks that share of the gradient gave
-.78 to .91 of the gain of rank 32 (`benchmarks/diagnostics_study.py` measures it again)."""
+"""Share of the reproducible gradient that the advised rank must follow. On three small tasks that share of the gradient gave .78
+to .98 of the gain of rank 32; in the study on a tiny model the gain was always above the share, by up to .57: the advised rank is
+rather too large than too small."""
 LIKELY_RANKS = (1, 2, 4, 8, 16, 32, 64)
 GIVE_UP = 0.1
 """Share of the gain that a weaker adapter may give up for less forgetting, in what is proposed."""

@@ -130,7 +130,8 @@ class TrainOptions:
     eval_steps: optimizer steps between evaluations; 0 for none, null for one per epoch if there is validation data
     seed: start of every random number
     controller: schedule of ranks or restarts: its name, or a mapping of name and settings; the method's own when absent
-    checkpointing: recompute activations in the backward pass, which saves memory and costs time
+    checkpointing: recompute activations in the backward pass, which saves memory and costs time: of all blocks (true), of the
+        lowest so many, of as few as the free memory allows (auto)
     keep_checkpoints: how many of the newest checkpoints stay on disk
     track: also record to tensorboard or trackio (metrics.jsonl is always written)
     diagnose: measure on the way whether rate, backward pass and strength are right, and say what is not
@@ -148,11 +149,11 @@ class TrainOptions:
     eval_steps: Annotated[int, Ge(0)] | None = None
     seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 0
     controller: Annotated[str, OneOf(tuple(CONTROLLERS))] | Mapping[str, Any] | None = None
-    checkpointing: bool = False
+    checkpointing: bool | Annotated[int, Ge(0)] | Literal["auto"] = False
     keep_checkpoints: Count = 2
     track: tuple[Annotated[str, OneOf(("tensorboard", "trackio"))], ...] = ()
     diagnose: bool = False
-    diagnose_steps: Count = 25
+    diagnose_steps: Count = 50
 
     def __post_init__(self) -> None:
         if self.controller is not None:

@@ -17,11 +17,11 @@ from .controllers import CONTROLLERS, brought
 
 PATTERNS = ("rank_pattern", "alpha_pattern")
 
-# What may differ between a run and its resumption: what is written and looked at, never what is computed. A longer run
-# is not among them: max_steps and epochs shape the learning rate of every step.
+# What may differ between a run and its resumption: what is written and looked at, and what is kept or computed a second
+# time, never what comes out. A longer run is not among them: max_steps and epochs shape the learning rate of every step.
 MAY_CHANGE = frozenset(
     {"output", "train.save_steps", "train.keep_checkpoints", "train.track", "train.eval_steps"}
-    | {"train.diagnose", "train.diagnose_steps"}
+    | {"train.checkpointing", "train.diagnose", "train.diagnose_steps"}
     | {"eval.prompts", "eval.max_tokens"}
 )
 

@@ -114,7 +114,7 @@ def read_overrides(overrides: Sequence[str], findings: Findings) -> Settings:
         if not equals or not key:
             findings.problem(where, "", "must have the form key=value")
             continue
-        node = Node(_override_value(value, where).value, where)
+        node = Node(override_value(value, where).value, where)
         section, dot, inner = key.partition(".")
         meant: Settings = {}
         if dot and section in ORDER[:-1]:
@@ -128,7 +128,8 @@ def read_overrides(overrides: Sequence[str], findings: Findings) -> Settings:
     return settings
 
 
-def _override_value(text: str, where: str) -> Node:
+def override_value(text: str, where: str) -> Node:
+    """Read the value of a `key=value` as YAML, or as the text that it is."""
     try:
         root, problems = parse(f"value: {text}", where)
     except Unreadable:

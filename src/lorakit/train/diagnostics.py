@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..core.attach import use
 from ..core.scaling import leaves, scalable, scales, slopes
 from ..data.dataset import Example
 from ..models.modes import evaluating
@@ -24,7 +25,7 @@ from ..theory.thresholds import LEAST_CHANGE
 from .movement import Movement
 from .task import Task
 
-SLOPE_ROWS, LEAST_ROWS, SLOPE_SHARE = 32, 8, 50
+SLOPE_ROWS, LEAST_ROWS, SLOPE_SHARE = 32, 8, 400
 """Validation rows, evenly spaced, of which an evaluation also takes the gradient: at most the first number, and at most one in
 `SLOPE_SHARE` of the rows trained since the last evaluation, which is what they cost; but at least the second number."""
 
@@ -266,6 +267,7 @@ class Watching:
         """Give dL/dγ over validation rows and its standard error over them; NaN for a method that γ cannot scale."""
         if not self.scales:
             return math.nan, math.nan
+        use(self.model, self.name)
         count = min(SLOPE_ROWS, max(LEAST_ROWS, self.kept.rows // SLOPE_SHARE), len(valid))
         self.kept.rows = 0
         chosen = [valid[i * len(valid) // count] for i in range(count)]

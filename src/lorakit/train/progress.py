@@ -34,7 +34,7 @@ class Progress:
     """The display of one run of `total_steps` steps on `stream` (stderr).
 
     `live=None` finds out whether the stream is a terminal that can redraw a line; CI and TERM=dumb say it cannot.
-    NO_COLOR turns colours off. `seconds` is the time between two drawings.
+    NO_COLOR turns colours off. `seconds` is the time between two drawings. `label` stands before every line.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class Progress:
         *,
         live: bool | None = None,
         seconds: float | None = None,
+        label: str = "",
     ) -> None:
         self.total_steps = total_steps
         self.stream = sys.stderr if stream is None else stream
@@ -59,6 +60,7 @@ class Progress:
         self._pending = False  # whether the newest record is not on the screen yet
         self._drawn = False  # whether a live line stands on the screen
         self._closed = False
+        self._label = f"{label}: " if label else ""
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Show a record of `metrics.jsonl`: step, loss and, where present, tok_s and mem_gb."""
@@ -85,7 +87,7 @@ class Progress:
 
     def message(self, text: str) -> None:
         """Show lines that stay above the live line."""
-        self._lines(text.splitlines() or [""])
+        self._lines([f"{self._label}{line}" for line in text.splitlines() or [""]])
 
     def close(self) -> None:
         """Show the last state and end the live line. Calling it again does nothing."""
@@ -153,7 +155,7 @@ class Progress:
         return f" {dim}{self._dot}{reset} ".join([head, first, *others])
 
     def _count(self) -> str:
-        return f"step {self._record['step']}/{self.total_steps}"
+        return f"{self._label}step {self._record['step']}/{self.total_steps}"
 
     def _facts(self) -> list[str]:
         """Give the numbers of the line, the most important first."""

@@ -35,24 +35,33 @@ def run(
     FileError before training, DivergenceError and Interrupted (the run is then saved) during it.
     """
     directory = RunDirectory(config.output, overwrite=overwrite)
-    train, valid = read_train_valid(
-        config.data.path, config.data.valid, skip_bad_rows=config.data.skip_bad_rows, seed=config.train.seed
-    )
+    train, valid = read_rows(config)
     directory.make()
-    with RunLock(directory.path), listen() as stop, _logged(directory):
+    with RunLock(directory.path), listen() as stop, logged(directory):
         if overwrite:
             directory.clear()
         task = config.train.task or find_task(train, config.data.format)
         base = load_base(config, task, train) if model is None else Base(*model, [], None, {})
-        data, held_out = _encode(config, task, base, train, valid)
-        config = replace(config, train=replace(config.train, task=task, max_length=data.max_length))
+        data, held_out = encoded(config, task, base, train, valid)
+        config = resolved(config, task, data)
         directory.claim(config)
         with Session(config, directory, base, data, held_out, stop, progress) as session:
             return session.run()
 
 
+def read_rows(config: RunConfig) -> tuple[Rows, Rows | None]:
+    """Read the rows to train on and those to validate on, if any."""
+    data = config.data
+    return read_train_valid(data.path, data.valid, skip_bad_rows=data.skip_bad_rows, seed=config.train.seed)
+
+
+def resolved(config: RunConfig, task: str, data: Dataset) -> RunConfig:
+    """Give the configuration with what was found by looking at the data."""
+    return replace(config, train=replace(config.train, task=task, max_length=data.max_length))
+
+
 @contextmanager
-def _logged(directory: RunDirectory) -> Generator[None]:
+def logged(directory: RunDirectory) -> Generator[None]:
     """Keep what went wrong in log.txt, with the traceback that the terminal does not show."""
     try:
         yield
@@ -61,9 +70,10 @@ def _logged(directory: RunDirectory) -> Generator[None]:
         raise
 
 
-def _encode(
+def encoded(
     config: RunConfig, task: str, base: Base, train: Rows, valid: Rows | None
 ) -> tuple[Dataset, Dataset | None]:
+    """Give the rows as tokens."""
     settings: dict[str, Any] = {"task": task, "format": config.data.format, "skip_bad_rows": config.data.skip_bad_rows}
     settings["model_limit"] = base.model.config.get_text_config().to_dict().get("max_position_embeddings")
     if task == "classification":

@@ -1,7 +1,7 @@
 """One run with everything loaded: the adapter goes on, the loop runs, the result is saved and proved."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property, partial
 from hashlib import sha256
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import Method
-from ..core.attach import adapters, names
+from ..core.attach import adapters, names, use
 from ..core.errors import FileError, UsageError
 from ..core.statistics import Statistics
 from ..core.summary import Summary, summary
@@ -24,6 +24,7 @@ from ..models.generate import generate
 from ..models.modes import checkpoint_activations
 from ..models.packing import enable_packing
 from ..models.quantize import stored_bytes
+from ..models.skeleton import twin
 from ..optim import OPTIMIZERS, Accumulating, Factors, parameter_groups, schedule
 from ..optim.schedules import warmup_steps
 from .adapter_files import AdapterFiles
@@ -38,6 +39,8 @@ from .diagnostics import Diagnostics, Watching
 from .diagnostics import Nothing as NotWatching
 from .learned import require_learned
 from .loop import Job, State, fit, restore
+from .measure import free_memory
+from .need import adapted, choose
 from .progress import Progress
 from .records import Records
 from .run_directory import RunDirectory
@@ -72,7 +75,11 @@ class Found(NamedTuple):
 
 
 class Session:
-    """One run with everything loaded: attaches, trains, proves, saves."""
+    """One run with everything loaded: attaches, trains, proves, saves.
+
+    adapter: what its adapter is called on the model. beside: adapters of other runs, which may be there too. task: what is
+    learned, if another run on this model has found it already.
+    """
 
     def __init__(
         self,
@@ -83,9 +90,14 @@ class Session:
         valid: Dataset | None,
         stop: StopRequest,
         progress: Progress | None,
+        *,
+        adapter: str = ADAPTER,
+        beside: Collection[str] = (),
+        task: Task | None = None,
     ) -> None:
         self.config, self.directory, self.base, self.data, self.valid = config, directory, base, data, valid
-        self.stop, self.checks = stop, list[str]()
+        self.stop, self.checks, self.adapter, self.beside = stop, list[str](), adapter, beside
+        self._known_task, self._open, self._resumed_from = task, ExitStack(), None
         lengths = data.lengths
         train = config.train
         self.steps = Steps(
@@ -105,21 +117,33 @@ class Session:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Give the terminal back."""
+        """Close the records and give the terminal back."""
+        self._open.close()
         self.progress.close()
 
     def run(self) -> RunResult:
         """Go through the stages."""
+        job, state = self.start()
+        self.base.lost.clear()  # as large as the weights were
+        fit(job, state)
+        return self.finish(job, state)
+
+    def start(self) -> tuple[Job, State]:
+        """Put the adapter on the model, as it starts or as a checkpoint holds it."""
         found = self._checkpoint()
         self._attach(found)
         before = State(**found.state["state"]) if found else State()
-        with closing(self._records(before)) as records:
-            job = self._job(records)
-            state = restore(job, found.tensors, found.state) if found else before
-            if found:
-                loss = f", loss {state.last_loss:.4f}" if state.last_loss is not None else ""
-                self.say(f"resumed at step {state.step} of {job.steps.total}{loss}")
-            fit(job, state)
+        job = self._job(self._open.enter_context(closing(self._records(before))))
+        if not found:
+            return job, before
+        state = restore(job, found.tensors, found.state)
+        self._resumed_from = state.step
+        loss = f", loss {state.last_loss:.4f}" if state.last_loss is not None else ""
+        self.say(f"resumed at step {state.step} of {job.steps.total}{loss}")
+        return job, state
+
+    def finish(self, job: Job, state: State) -> RunResult:
+        """Save what was trained, and say what the run came to."""
         self._take_best(job, state)
         self._finish()
         return RunResult(
@@ -128,15 +152,15 @@ class Session:
             state.step,
             state.last_loss,
             state.evaluation,
-            summary(self.base.model, ADAPTER),
+            summary(self.base.model, self.adapter),
             state.seconds,
-            before.step if found else None,
+            self._resumed_from,
             self.checks,
         )
 
     @cached_property
     def _adapter_files(self) -> AdapterFiles:
-        return AdapterFiles(self.base, self.config, self.data, self._identity["base"], ADAPTER)
+        return AdapterFiles(self.base, self.config, self.data, self._identity["base"], self.adapter)
 
     def _first_step(self) -> None:
         count = self._adapter_files.try_saving(self.directory.path)
@@ -145,7 +169,7 @@ class Session:
     def _finish(self) -> None:
         """Save the adapter and prove that it holds what was trained."""
         count, size = self._adapter_files.save(self.directory.adapter)
-        require_learned(self.base.model, ADAPTER, self.directory.adapter)
+        require_learned(self.base.model, self.adapter, self.directory.adapter)
         self.proved("every adapted layer has learned: no factor is still zero")
         self.proved(f"the adapter opens again: {count} tensors, {size / 1e6:.1f} MB, {self.directory.adapter}")
 
@@ -162,26 +186,24 @@ class Session:
     def _attach(self, found: "Found | None") -> None:
         model, method = self.base.model, self.config.method.config
         target = with_head(self.config.method.target, self.base.head)
-        if names(model):
-            raise UsageError(
-                f"the model carries adapters already: {', '.join(names(model))}", fix="lk.detach(model) first"
-            )
+        foreign = [name for name in names(model) if name not in self.beside]
+        if foreign:
+            raise UsageError(f"the model carries adapters already: {', '.join(foreign)}", fix="lk.detach(model) first")
+        use(model, None)  # others must not be measured
         if self.config.model.quantize:
             self.say(f"the base is stored as {self.config.model.quantize}: {stored_bytes(model) / 1e6:.1f} MB")
         method, target, experts = with_experts(model, method, target)
         torch.manual_seed(self.config.train.seed)
         if found:
-            restart(model, method, target, ADAPTER, found.tensors["adapter"].items())
+            restart(model, method, target, self.adapter, found.tensors["adapter"].items())
         else:
             statistics = self._statistics(method, target) if experts is None else experts
-            start(model, method, target, ADAPTER, statistics)
-        self.base.lost.clear()  # as large as the weights were
-        if self.config.train.checkpointing:
-            checkpoint_activations(model)
-        self.say(str(summary(model, ADAPTER)))
+            start(model, method, target, self.adapter, statistics)
+        self._choose_checkpointing()
+        self.say(str(summary(model, self.adapter)))
         for notice in self.data.stats.notices:
             self.say(f"data: {notice}")
-        self.proved(f"every target matched: {sum(1 for _ in adapters(model, ADAPTER))} layers carry an adapter")
+        self.proved(f"every target matched: {sum(1 for _ in adapters(model, self.adapter))} layers carry an adapter")
         if self.data.facts.every_row_trained:
             stats = self.data.stats
             share = f", {stats.trained_tokens / stats.tokens:.0%} of the tokens" if stats.trained_tokens else ""
@@ -189,16 +211,31 @@ class Session:
         if self.data.facts.ends_with_end_token:
             self.proved(f"each row ends with {self.data.facts.end_token}")
 
+    def _choose_checkpointing(self) -> None:
+        """Say which blocks recompute their activations in the backward pass."""
+        model, count = self.base.model, self.config.train.checkpointing
+        if count == "auto":
+            kind = "classification" if self.config.train.task == "classification" else "causal"
+            bare = adapted(twin(model, task=kind), self.config, self.base.head)
+            choice = choose(self.config, self.data, bare, free_memory(model.device), runtime=0, loaded=True)
+            self.say(choice.words)
+            count = choice.recomputed
+        if count:
+            checkpoint_activations(model, count)
+
     def _statistics(self, method: Method, target: Target) -> Mapping[str, Statistics]:
         """Give what the adapters' start has to know of the layers: what quantization took, or what the data shows."""
         if not measures(method):
             return self.base.lost
-        batches = calibration_batches(self._task, self.data.examples, self.steps)
+        batches = calibration_batches(self.task, self.data.examples, self.steps)
         self.say(f"measuring the layers on {sum(map(len, batches))} rows for the adapter's start")
-        return measure(self.base.model, method, target, self._task, batches)
+        return measure(self.base.model, method, target, self.task, batches)
 
     @cached_property
-    def _task(self) -> Task:
+    def task(self) -> Task:
+        """What is learned, and how the model is run for it; proved on the model where it is the fast way."""
+        if self._known_task is not None:
+            return self._known_task
         model, tokenizer = self.base.model, self.base.tokenizer
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         if self.config.train.task == "classification":
@@ -221,12 +258,12 @@ class Session:
     def _job(self, records: Records) -> Job:
         config, options = self.config, self.config.train
         controller = self._controller()
-        groups = parameter_groups(self.base.model, ADAPTER, config.optim)
+        groups = parameter_groups(self.base.model, self.adapter, config.optim)
         optimizer = OPTIMIZERS[config.optim.name](groups, config.optim)
         return Job(
             model=self.base.model,
-            adapter=ADAPTER,
-            task=self._task,
+            adapter=self.adapter,
+            task=self.task,
             examples=self.data.examples,
             valid=self.valid.examples if self.valid else [],
             steps=self.steps,
@@ -256,14 +293,14 @@ class Session:
             return NotWatching()
         cumulative = not isinstance(optimizer, Accumulating)
         own = {"every": options.diagnose_steps, "cumulative": cumulative, "say": self.say}
-        return Watching(self.base.model, ADAPTER, self._task, optimizer, factors, **own)
+        return Watching(self.base.model, self.adapter, self.task, optimizer, factors, **own)
 
     def _controller(self) -> Controller:
         """Start the configured controller, or the one that the method brings along."""
         optim, chosen = self.config.optim, self.config.train.controller
         around = Run(
             self.base.model,
-            ADAPTER,
+            self.adapter,
             self.steps.total,
             schedule(optim.schedule, self.steps.total, optim.warmup),
             warmup_steps(self.steps.total, optim.warmup),
@@ -307,13 +344,14 @@ class Session:
         if self.config.eval.load_best and state.best_step not in (None, state.step):
             tensors, saved = load_checkpoint(steps(self.directory.checkpoints)[state.best_step])
             job.controller.restore(tensors["controller"], saved["controller"])
-            restore_adapter(self.base.model, ADAPTER, tensors["adapter"])
+            restore_adapter(self.base.model, self.adapter, tensors["adapter"])
             self.say(f"took the adapter of step {state.best_step}, which had the lowest validation loss")
 
     def _sample(self, records: Records, step: int) -> None:
         """Answer the fixed prompts."""
-        prompts = list(self.config.eval.prompts)
+        prompts, model = list(self.config.eval.prompts), self.base.model
         if prompts:
-            texts = generate(self.base.model, self.base.tokenizer, prompts, max_tokens=self.config.eval.max_tokens)
+            use(model, self.adapter)
+            texts = generate(model, self.base.tokenizer, prompts, max_tokens=self.config.eval.max_tokens)
             for prompt, text in zip(prompts, texts, strict=True):
                 records.sample(step, prompt, text)

@@ -13,13 +13,14 @@ and the first update is (1 - beta1)/sqrt(1 - beta2) = 3.2 times the rate: what t
 `prune: forget` that count starts anew as well, and the update has the size of the rate.
 
 Departures from that code: frozen factors instead of a changed base; one period for restarts and pruning; its "reset",
-which clears a random 99.9 %, clears all. Defects of it that are not copied: factors that are both zero in the first
-cycle and never get a gradient, and a learned scale that dies at the first restart.
+which clears a random 99.9 %, clears all and is the default instead of magnitude. Defects of it that are not copied:
+factors that are both zero in the first cycle and never get a gradient, and a learned scale that dies at the first
+restart.
 
 When: a run is long, as in pretraining, and a low rank is the limit. It costs the work of the ranks' sum until merged,
-and a dip of the learning rate at each restart. Take `prune: forget` or `reset`: with a share left, entries whose
-second mean was cleared and whose first was not make steps of first mean / eps, since A gets no gradient while B is
-zero; in `benchmarks/methods_toy.py` that diverges.
+and a dip of the learning rate at each restart. `prune: magnitude` and `random` are the authors' and clear each mean by
+itself: entries whose second mean was cleared and whose first was not make steps of first mean / eps, since A gets no
+gradient while B is zero; in `benchmarks/methods_toy.py` that diverges.
 """
 
 import math
@@ -53,7 +54,7 @@ class ReLoRA:
     every: int | None = None
     warmup: float = 0.05
     floor: float = 0.1
-    prune: Literal["reset", "random", "magnitude", "forget"] = "magnitude"
+    prune: Literal["reset", "random", "magnitude", "forget"] = "reset"
     share: float = 0.9
 
     def __post_init__(self) -> None:
