@@ -269,6 +269,10 @@ def test_generation_gives_each_prompt_its_adapter(llama: LlamaForCausalLM, tiny_
     ]
     lk.bank(model, ["a", "b"])
     assert generate(model, tiny_tokenizer, prompts, adapters=routing, **settings) == expected
+    assert generate(model, tiny_tokenizer, ["x"], **settings) == generate(
+        lk.use(model, None), tiny_tokenizer, ["x"], **settings
+    )
+    lk.use(model, "bank")
     others = generate(model, tiny_tokenizer, prompts, adapters=["b", "a", None, "b", "a"], **settings)
     assert all(a != b for a, b in zip(others, expected, strict=True))
     with pytest.raises(UsageError, match="5 prompts"):

@@ -218,6 +218,22 @@ def test_early_stopping_is_each_runs_own(configure: Callable[..., dict[str, RunC
     assert results["wild"].steps < results["calm"].steps
 
 
+def test_methods_and_controllers_are_each_runs_own(configure: Callable[..., dict[str, RunConfig]]) -> None:
+    """Budgets that prune, restarts that replace the factors, and starts from the weights, beside each other."""
+    runs: dict[str, dict[str, Any]] = {
+        "budget": {"method.name": "adalora", "method.init_r": 4, "method.target_r": 2},
+        "restarts": {"method.r": 2, "train.controller": {"name": "relora", "every": 2}},
+        "spectral": {"method.r": 2, "method.init": "pissa", "optim.name": "muon"},
+        "frozen-A": {"method.name": "lora_fa", "method.r": 3},
+    }
+    changes = {"train__max_steps": 6, "train__epochs": ..., "optim__lr": 1e-3}
+    alone, many = configure("alone", runs, **changes), configure("many", runs, **changes)
+    together(many)
+    for name, config in alone.items():
+        run(config, progress=Silent())
+        same_run(config, many[name], 1e-4 if name == "spectral" else 1e-5)
+
+
 def test_finished_runs_are_left_alone_and_runs_come_in_groups(configure: Callable[..., dict[str, RunConfig]]) -> None:
     configs = configure("many", train__max_steps=2, train__epochs=...)
     first = together({"small": configs["small"]})

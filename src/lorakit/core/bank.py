@@ -7,7 +7,8 @@ one tensor that all layers share, written before the forward pass, and what a sl
 routing nor another adapter compiles anything anew.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import ClassVar, NoReturn, cast, final
 
 import torch
@@ -52,8 +53,20 @@ class Route(nn.Module):
         if lengths is not None and len(lengths) != len(chosen):
             raise UsageError(f"{len(chosen)} adapters for {len(lengths)} documents", fix="give one for each document")
         numbers = [BASE if name is None else self.numbers[name] for name in chosen]
-        self.runs = None if lengths is None else tuple(zip(numbers, lengths, strict=True))
-        slots = torch.tensor(numbers)
+        self._write(torch.tensor(numbers), None if lengths is None else tuple(zip(numbers, lengths, strict=True)))
+
+    @contextmanager
+    def during(self, chosen: Sequence[str | None]) -> Generator[None]:
+        """Route the rows so inside the block, and afterwards as before."""
+        slots, runs = self.slots.clone(), self.runs
+        self.set(chosen, None)
+        try:
+            yield
+        finally:
+            self._write(slots, runs)
+
+    def _write(self, slots: Tensor, runs: tuple[tuple[int, int], ...] | None) -> None:
+        self.runs = runs
         if slots.shape == self.slots.shape:
             self.slots.copy_(slots)  # at its place, which a CUDA graph remembers
         else:

@@ -11,11 +11,14 @@ from ..core.registry import INITS
 from ..core.start import Start
 from ..core.statistics import Statistics
 
+MOST = 1 << 16
+"""The largest rank: more than any layer has, and a mistyped number does not ask for all memory."""
+
 
 def check(r: int, alpha: float | None, dropout: float) -> None:
     """Raise UsageError for a rank, a scale or a dropout that cannot be."""
-    if r < 1:
-        raise UsageError(f"r must be at least 1, not {r}")
+    if not 1 <= r <= MOST:
+        raise UsageError(f"r must be from 1 to {MOST}, not {r}")
     if alpha is not None and not 0 < alpha <= 1e6:  # NaN is in no range
         raise UsageError(f"alpha must be above 0 and at most 1e6, not {alpha}")
     if not 0 <= dropout < 1:

@@ -1,7 +1,7 @@
 """Write text with a model: many prompts at once, or one answer piece by piece."""
 
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -52,9 +52,8 @@ def generate(
         inputs = _inputs(model, tokenizer, [encoded[i] for i in rows])
         start = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
         room = min(max_tokens, (_context(model) or start + max_tokens) - start)
-        if adapters is not None:
-            route_of(model).set([adapters[i] for i in rows], None)
-        with _writing(model, tokenizer, ends, room) as settings:
+        routed = nullcontext() if adapters is None else route_of(model).during([adapters[i] for i in rows])
+        with routed, _writing(model, tokenizer, ends, room) as settings:
             tokens = cast(Any, model).generate(
                 **inputs,
                 generation_config=settings,

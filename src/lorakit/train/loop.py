@@ -113,11 +113,16 @@ def alone(course: Course[T]) -> T:
     try:
         micro = next(course)
         while True:
-            loss = batch_loss(micro.job, micro.seed, micro.rows)
-            (loss / micro.weight).backward()
-            micro = course.send(float(loss.detach()))
+            micro = course.send(_differentiate(micro))
     except StopIteration as end:
         return end.value
+
+
+def _differentiate(micro: Micro) -> float:
+    """Add a micro-batch's gradient up and give its summed loss; the graph must not live on, a parameter may be replaced."""
+    loss = batch_loss(micro.job, micro.seed, micro.rows)
+    (loss / micro.weight).backward()
+    return float(loss.detach())
 
 
 def training(job: Job, state: State) -> Course[State]:

@@ -7,9 +7,9 @@ the base's products take the tokens of all runs at once, and each layer adds eac
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
@@ -223,7 +223,7 @@ def _train(sessions: list[Session], stop: StopRequest) -> Results:
 
 
 def _drive(model: nn.Module, runs: dict[str, _Running], current: Pass, stop: StopRequest) -> Results:
-    results, wanted = Results(), dict[str, Micro]()
+    results, wanted, stopped = Results(), dict[str, Micro](), list[_Running]()
     losses: Mapping[str, float | None] = dict.fromkeys(runs)  # None: not begun yet
     while losses:
         for name, loss in losses.items():
@@ -239,8 +239,9 @@ def _drive(model: nn.Module, runs: dict[str, _Running], current: Pass, stop: Sto
                 results[name] = error
             except Interrupted:
                 wanted.pop(name, None)
-        if stop:
-            _save_all([runs[name] for name in wanted], stop, runs)
+                stopped.append(runs[name])
+        if stop and (wanted or stopped):
+            _stop([runs[name] for name in wanted], stopped, stop)
         losses = _differentiate(model, current, wanted) if wanted else {}
     return results
 
@@ -258,15 +259,14 @@ def _finished(run: _Running) -> RunResult | LorakitError:
         return error
 
 
-def _save_all(pending: list[_Running], stop: StopRequest, runs: Mapping[str, _Running]) -> None:
-    """Drop the steps under way, save every run as it was before, and stop."""
+def _stop(pending: list[_Running], stopped: list[_Running], stop: StopRequest) -> NoReturn:
+    """Save the pending runs as they were before the step under way, as those that are `stopped` are already, and stop."""
     for run in pending:
-        try:
+        with suppress(Interrupted):
             interrupt(run.job, run.state)
-        except Interrupted:
-            continue
-    least = min(run.state.step for run in runs.values())
-    raise Interrupted(stop.signum or 0, least, f"the runs {', '.join(str(r.job.directory) for r in runs.values())}")
+    unfinished = [*pending, *stopped]
+    where = ", ".join(str(run.job.directory) for run in unfinished)
+    raise Interrupted(stop.signum or 0, min(run.state.step for run in unfinished), f"outputs {where}")
 
 
 def _differentiate(model: nn.Module, current: Pass, wanted: Mapping[str, Micro]) -> dict[str, float]:

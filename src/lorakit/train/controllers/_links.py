@@ -27,6 +27,10 @@ from . import Run
 
 def refuses(method: Method) -> str | None:
     """Say why what `method` has trained cannot be put aside and continued with fresh factors; None if it can."""
+    if isinstance(method, Sharing):
+        return "its layers share their factors"
+    if not {"r", "alpha"} <= vars(method).keys():
+        return "what it adds is not one product scale * lora_B lora_A"
     try:
         adapter = method.build(Shape(16, 16))
     except UsageError as error:  # a method that refuses so small a layer has no product of two plain factors
@@ -34,8 +38,6 @@ def refuses(method: Method) -> str | None:
     live = adapter.live if isinstance(adapter, Chain) else adapter
     if not isinstance(live, AdditiveAdapter):
         return "what it does to a weight is not adding something, so what was trained before cannot be added beside it"
-    if isinstance(method, Sharing):
-        return "its layers share their factors"
     if set(live.state_dict()) != {"lora_A", "lora_B"} or "scale" not in dict(live.named_buffers()):
         return "what it adds is not one product scale * lora_B lora_A"
     for factor in live.parameters():
