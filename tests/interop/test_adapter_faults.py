@@ -333,7 +333,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     },
     **{f"alpha {value!r}"[:30]: ({"lora_alpha": value}, "alpha") for value in ("16", None, True, [16], 10**400)},
     **{f"r {value!r}"[:30]: ({"r": value}, "") for value in (0, -8, 2.5, True, "4", None, [4], 10**400)},
-    **{f"r {value}": ({"r": value}, f"rank {value}") for value in (5_000_000, 2**63)},
+    **{f"r {value}": ({"r": value}, f"not {value}") for value in (5_000_000, 2**63)},
     "no r": (without("r"), "lacks r"),
     "no alpha": (without("lora_alpha"), "lacks lora_alpha"),
     "no peft_type": (without("peft_type"), "peft_type"),
