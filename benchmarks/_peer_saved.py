@@ -85,8 +85,13 @@ def live_tensors() -> list[Any]:
     import gc
 
     import torch
+    from torch._subclasses.fake_tensor import FakeTensor  # what planning leaves behind: no memory of its own
 
-    return [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    return [
+        thing
+        for thing in gc.get_objects()
+        if issubclass(type(thing), torch.Tensor) and not issubclass(type(thing), FakeTensor)
+    ]
 
 
 def frozen(work: Any, scratch: Path) -> Any:

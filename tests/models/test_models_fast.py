@@ -141,7 +141,8 @@ def test_dropout_draws_what_the_ordinary_way_draws() -> None:
 
 
 def test_other_methods_run_the_ordinary_way() -> None:
-    assert_same_step(adapt(build(), lk.METHODS["vera"](r=8)))
+    fast = assert_same_step(adapt(build(), lk.METHODS["vera"](r=8)))
+    assert fast.blocks == 0 and "blocks run the ordinary way" in fast.words
 
 
 def test_checkpointing_agrees() -> None:

@@ -11,18 +11,31 @@ from ..core.registry import INITS
 from ..core.start import Start
 from ..core.statistics import Statistics
 
-MOST = 1 << 16
-"""The largest rank: more than any layer has, and a mistyped number does not ask for all memory."""
-
 
 def check(r: int, alpha: float | None, dropout: float) -> None:
     """Raise UsageError for a rank, a scale or a dropout that cannot be."""
-    if not 1 <= r <= MOST:
-        raise UsageError(f"r must be from 1 to {MOST}, not {r}")
+    if r < 1:
+        raise UsageError(f"r must be at least 1, not {r}")
     if alpha is not None and not 0 < alpha <= 1e6:  # NaN is in no range
         raise UsageError(f"alpha must be above 0 and at most 1e6, not {alpha}")
     if not 0 <= dropout < 1:
         raise UsageError(f"dropout must be in [0, 1), not {dropout}")
+
+
+def check_seed(key: int) -> None:
+    """Raise UsageError for a `projection_prng_key` that torch's generators do not take."""
+    if not -(2**63) <= key < 2**64:
+        raise UsageError(f"projection_prng_key must be a 64-bit integer, not {key}")
+
+
+def check_starts_at_zero(init: str, method: str, why: str) -> None:
+    """Raise UsageError for a start whose B A is not zero, which `method` has no way to take off again; `why` says why."""
+    if starts_off_zero(init):
+        raise UsageError(
+            f"init {init!r} and {method} do not go together",
+            why=f"it starts from factors of W, taken off again by a second term{why}",
+            fix="take an init that starts B at zero, such as kaiming",
+        )
 
 
 def alpha_or_default(r: int, alpha: float | None) -> float:

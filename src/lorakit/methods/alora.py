@@ -33,7 +33,7 @@ from ..core.adapter import AbstractAdapter, Base, PeftFormat, Shape
 from ..core.errors import UsageError
 from ..core.statistics import Statistics
 from ..core.tokens import Tokens, Watcher
-from ._factors import alpha_or_default, check, factors, scaling, start, starts_off_zero
+from ._factors import alpha_or_default, check, check_starts_at_zero, factors, scaling, start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +74,7 @@ class ALoRA:
         check(self.r, self.alpha, self.dropout)
         if any(token < 0 for token in self.invocation_tokens):
             raise UsageError(f"invocation_tokens are token ids, not {list(self.invocation_tokens)}")
-        if starts_off_zero(self.init):
-            raise UsageError(
-                f"init {self.init!r} and aLoRA do not go together",
-                why="it starts from factors of W, taken off again by a second term, which would act on every token",
-                fix="take an init that starts B at zero, such as kaiming",
-            )
+        check_starts_at_zero(self.init, "aLoRA", ", which would act on every token")
 
     def at(self, r: int, alpha: float | None) -> "ALoRA":
         """Give the same with another rank and alpha."""

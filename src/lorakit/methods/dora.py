@@ -26,10 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import AbstractAdapter, Base, PeftFormat, Shape
-from ..core.errors import UsageError
 from ..core.statistics import Statistics
 from ..kernels.low_rank import LowRank
-from ._factors import alpha_or_default, check, factors, scaling, start, starts_off_zero
+from ._factors import alpha_or_default, check, check_starts_at_zero, factors, scaling, start
 
 AT_ONCE = 1 << 22
 """Entries of W whose squares are summed at once: torch converts a bf16 W to the dtype of the sum before, on a CPU."""
@@ -61,12 +60,7 @@ class DoRA:
 
     def __post_init__(self) -> None:
         check(self.r, self.alpha, self.dropout)
-        if starts_off_zero(self.init):
-            raise UsageError(
-                f"init {self.init!r} and DoRA do not go together",
-                why="it starts from factors of W, taken off again by a second term for which DoRA has no place",
-                fix="take an init that starts B at zero, such as kaiming",
-            )
+        check_starts_at_zero(self.init, "DoRA", " for which DoRA has no place")
 
     def at(self, r: int, alpha: float | None) -> "DoRA":
         """Give the same with another rank and alpha."""

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from ..core.adapter import AdditiveAdapter, Base, PeftFormat, Shape
 from ..core.errors import UsageError
 from ..core.statistics import Statistics
+from ._factors import check, check_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +75,10 @@ class RandLoRA:
     )
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise UsageError(f"r must be at least 1, not {self.r}")
+        check(self.r, None, self.dropout)
         if not 0 < self.randlora_alpha <= 1e6:
             raise UsageError(f"randlora_alpha must be above 0 and at most 1e6, not {self.randlora_alpha}")
-        if not 0 <= self.dropout < 1:
-            raise UsageError(f"dropout must be in [0, 1), not {self.dropout}")
-        if not -(2**63) <= self.projection_prng_key < 2**64:
-            raise UsageError(f"projection_prng_key must be a 64-bit integer, not {self.projection_prng_key}")
+        check_seed(self.projection_prng_key)
         object.__setattr__(self, "randlora_alpha", float(self.randlora_alpha))  # 1 and 1.0 are written alike
 
     def shared(self, shapes: Sequence[Shape]) -> "SharedRandLoRA":

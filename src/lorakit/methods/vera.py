@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..core.adapter import AdditiveAdapter, Base, PeftFormat, Shape
 from ..core.errors import UsageError
 from ..core.statistics import Statistics
+from ._factors import check, check_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,16 +58,12 @@ class VeRA:
     )
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise UsageError(f"r must be at least 1, not {self.r}")
-        if not 0 <= self.dropout < 1:
-            raise UsageError(f"dropout must be in [0, 1), not {self.dropout}")
+        check(self.r, None, self.dropout)
         if not math.isfinite(self.d_initial) or self.d_initial == 0:
             raise UsageError(
                 f"d_initial must be a number other than 0, not {self.d_initial}", why="b gets no gradient where d is 0"
             )
-        if not -(2**63) <= self.projection_prng_key < 2**64:
-            raise UsageError(f"projection_prng_key must be a 64-bit integer, not {self.projection_prng_key}")
+        check_seed(self.projection_prng_key)
 
     def shared(self, shapes: Sequence[Shape]) -> "SharedVeRA":
         """Give the method for layers of these shapes, which hold one pair."""

@@ -15,6 +15,7 @@ from ..core.projection import projection
 from ..kernels import cross_entropy
 from ..kernels.low_rank import plain
 from .blocks import FastBlock, swap, swap_back
+from .modes import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,14 +92,15 @@ def accelerate(model: "PreTrainedModel") -> Fast:
     layers = cast(Any, model.config.get_text_config()).num_hidden_layers
     try:
         model.requires_grad_(False)  # as it will be, before anything is attached
-        if blocks and not _agree(model):
+        if blocks and not _agree(model, blocks):
             swap_back(model)
             blocks = []
-        head = plain_head(model) is not None and _head_agrees(model)
+        fused = sum(block.parts() is not None for block in blocks)  # none with an adapter of another form, or in 8 bits
+        head = _head_agrees(model)
     finally:
         for p in trained:
             p.requires_grad = True
-    return Fast(len(blocks), layers, head, head and len(blocks) == layers)
+    return Fast(fused, layers, head, head and len(blocks) == layers)
 
 
 def presumed(model: "PreTrainedModel") -> Fast:
@@ -126,38 +128,35 @@ def _run(model: "PreTrainedModel") -> tuple[Tensor, Tensor]:
     return logits.detach(), gradient
 
 
-def _agree(model: "PreTrainedModel") -> bool:
-    modes = [(module, module.training) for module in model.modules()]
+def _agree(model: "PreTrainedModel", blocks: list[FastBlock]) -> bool:
     try:
-        model.eval()
-        with plain():
-            expected = _run(model)
-        for block in model.modules():
-            if isinstance(block, FastBlock):
+        with evaluating(model):
+            with plain():
+                expected = _run(model)
+            for block in blocks:
                 block.training = True  # the block alone: nothing in it is dropped
-        found = _run(model)
+            try:
+                found = _run(model)
+            finally:
+                for block in blocks:
+                    block.training = False
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, NotImplementedError):
         return False  # another version of transformers calls its blocks in another way
-    finally:
-        for module, training in modes:
-            module.training = training
     return all(map(_close, found, expected))
 
 
 @torch.no_grad()
 def _head_agrees(model: "PreTrainedModel") -> bool:
     head, ids = plain_head(model), _tokens(model)
+    if head is None:
+        return False
     try:
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        hidden = cast(Any, model).base_model(ids, use_cache=False).last_hidden_state
-        logits = model(ids, use_cache=False).logits
+        with evaluating(model):
+            hidden = cast(Any, model).base_model(ids, use_cache=False).last_hidden_state
+            logits = model(ids, use_cache=False).logits
     except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError):
         return False
-    finally:
-        for module, training in modes:
-            module.training = training
-    return head is not None and hidden.shape[-1] == head.shape[1] and _close(nn.functional.linear(hidden, head), logits)
+    return hidden.shape[-1] == head.shape[1] and _close(nn.functional.linear(hidden, head), logits)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

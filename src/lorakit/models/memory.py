@@ -23,7 +23,7 @@ from ..kernels.attention import causal_attention
 from .console import quiet_transformers
 from .fast import presumed, summed
 from .ledger import Ledger, heap_factor
-from .packing import Pattern, explicit_attention, prefers_explicit
+from .packing import Pattern, explicit_attention, fits_blocks, prefers_explicit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -221,7 +221,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """The shapes of `packed_attention`, or of a padded batch's attention where there are no lengths."""
     explicit = eager
-    if lengths is not None and place.type == "cpu" and softcap is None and not dropout:
+    if lengths is not None and fits_blocks(place, dropout, softcap):
         return causal_attention(query, key, value, lengths, scaling or query.shape[-1] ** -0.5), None
     if lengths is None:
         groups = query.shape[1] // key.shape[1]

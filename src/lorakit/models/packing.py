@@ -125,7 +125,8 @@ def packed_attention(
     if not isinstance(attention_mask, Mask):
         raise UsageError("this model makes its own attention mask, so documents cannot be packed")
     patterns = _patterns(attention_mask, lengths)
-    if _fits_blocks(query, patterns, dropout, softcap):
+    causal = all(pattern.causal for pattern in patterns)
+    if causal and applies(query) and fits_blocks(query.device, dropout, softcap):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return causal_attention(query, key, value, lengths, scale), None
     if _fits_one_kernel(query, patterns, dropout, softcap) and (kernel := _varlen_kernel()):
@@ -198,10 +199,9 @@ def _bias(pattern: Pattern, rows: int, columns: int, like: Tensor) -> Tensor:
     return bias[:, :, None] if bias.ndim == 4 else bias  # (B, 1, 1, rows, columns): one for all heads
 
 
-def _fits_blocks(query: Tensor, patterns: list[Pattern], dropout: float, softcap: float | None) -> bool:
-    """Whether the documents can be attended to block by block: in training, on a processor, nothing but causal."""
-    plain = not dropout and softcap is None and all(pattern.causal for pattern in patterns)
-    return plain and query.device.type == "cpu" and applies(query)
+def fits_blocks(device: torch.device, dropout: float, softcap: float | None) -> bool:
+    """Whether causal documents are attended to block by block in training on a device: on a processor, nothing but causal."""
+    return device.type == "cpu" and not dropout and softcap is None
 
 
 def _fits_one_kernel(query: Tensor, patterns: list[Pattern], dropout: float, softcap: float | None) -> bool:

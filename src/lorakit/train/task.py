@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.collate import collate_classification, collate_packed, collate_padded
 from ..data.dataset import IGNORED, Example
-from ..models.fast import ORDINARY, Fast
+from ..models.fast import ORDINARY, Fast, summed
 
 
 class Task(Protocol):
@@ -56,7 +55,7 @@ class LanguageModelling:
         targets = inputs.pop("labels")[:, 1:]
         keep = targets != IGNORED
         logits, targets = model(**inputs, use_cache=False).logits[:, :-1][keep], targets[keep]
-        return F.cross_entropy(logits.float(), targets, reduction="sum"), 0
+        return summed(logits, targets), 0
 
     def losses(self, model: nn.Module, groups: Sequence[Sequence[Example]]) -> list[Tensor]:
         """Give the summed loss of each group of rows, all packed into one row of tokens, group after group."""
@@ -96,7 +95,7 @@ class Classification:
         inputs: dict[str, Any] = {key: value.to(device) for key, value in batch.items()}
         labels = inputs.pop("labels")
         logits = model(**inputs).logits
-        return F.cross_entropy(logits.float(), labels, reduction="sum"), int((logits.argmax(-1) == labels).sum())
+        return summed(logits, labels), int((logits.argmax(-1) == labels).sum())
 
     def measures(self, loss: float, accuracy: float) -> dict[str, float]:
         """Give the mean loss and the share of right rows."""

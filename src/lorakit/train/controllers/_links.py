@@ -15,7 +15,7 @@ from typing import Any, Protocol, cast, final
 import torch
 from torch import Tensor, nn
 
-from ...core.adapter import AbstractAdapter, AdditiveAdapter, Base, Method, Shape, Sharing
+from ...core.adapter import AbstractAdapter, AdditiveAdapter, Base, Method, Ranked, Shape, Sharing
 from ...core.attach import adapters
 from ...core.chain import Chain
 from ...core.errors import UsageError
@@ -32,7 +32,9 @@ def refuses(method: Method) -> str | None:
     if not {"r", "alpha"} <= vars(method).keys():
         return "what it adds is not one product scale * lora_B lora_A"
     try:
-        adapter = method.build(Shape(16, 16))
+        adapter = cast(Method, cast(Ranked, method).at(1, vars(method)["alpha"])).build(
+            Shape(16, 16)
+        )  # its form, not its size
     except UsageError as error:  # a method that refuses so small a layer has no product of two plain factors
         return error.what
     live = adapter.live if isinstance(adapter, Chain) else adapter
