@@ -61,6 +61,19 @@ def tiny_model(tmp_path_factory, tiny_tokenizer) -> Path:
 
 
 @pytest.fixture(scope="session")
+def still_model(tiny_model, tmp_path_factory) -> Path:
+    """The tiny Llama without dropout of its own."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    directory = tmp_path_factory.mktemp("models") / "still"
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.config.attention_dropout = 0.0
+    model.save_pretrained(directory)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def tiny_encoder(tmp_path_factory, tiny_tokenizer) -> Path:
     """A BERT of the same size without a classification head."""
     from transformers import BertConfig, BertModel

@@ -36,19 +36,6 @@ class Silent(Progress):
         pass
 
 
-@pytest.fixture(scope="module")
-def still_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Llama without dropout of its own."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    directory = tmp_path_factory.mktemp("models") / "still"
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    model.config.attention_dropout = 0.0
-    model.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(directory)
-    return directory
-
-
 @pytest.fixture
 def configure(still_model: Path, rows: Callable[..., Path], tmp_path: Path) -> Callable[..., dict[str, RunConfig]]:
     data = rows(11)

@@ -115,9 +115,10 @@ def _probabilities(q: Tensor, k: Tensor, b: _Block, scale: float) -> Tensor:
     """Give softmax(s q k^T + causal) of a block: (kv_heads * count, group * rows, last)."""
     scores = torch.bmm(_queries(q, b, len(k)), _keys(k, b).transpose(1, 2)).mul_(scale)
     rows = b.last - b.first
-    scores.view(-1, rows, b.last)[:, :, b.first :].masked_fill_(_future(rows, scores.device), -torch.inf)
+    scores.view(-1, rows, b.last)[:, :, b.first :].add_(_future(rows, scores))
     return scores.softmax(-1)
 
 
-def _future(rows: int, device: torch.device) -> Tensor:
-    return torch.ones(rows, rows, dtype=torch.bool, device=device).triu_(1)
+def _future(rows: int, like: Tensor) -> Tensor:
+    """Give -inf where a key comes after the query: adding it takes a fifth of the time of filling in."""
+    return like.new_full((rows, rows), -torch.inf).triu_(1)

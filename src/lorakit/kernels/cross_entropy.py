@@ -2,9 +2,9 @@
 
     loss_i = logsumexp(W h_i) - (W h_i)[y_i]        h: (n, d)   W: (vocabulary, d)   dh = (softmax(W h) - onehot(y)) W
 
-Chunks of rows go through one pair of buffers; the gradient of h is computed on the way, while the probabilities are there,
-and scaled when the backward pass comes. So 49,152 logits a token, three or four times over in fp32 in an ordinary loop, are
-never stored.
+The logits of one chunk of rows are there at a time, and become the probabilities in place; the gradient of h is computed on
+the way, while they are there, and scaled when the backward pass comes. So 49,152 logits a token, three or four times over in
+fp32 in an ordinary loop, are never stored.
 """
 
 from typing import Any, cast
@@ -16,7 +16,10 @@ from torch.autograd.function import once_differentiable
 
 from .gemm import linear, linear_back
 
-ROWS = 128  # of a chunk: enough for the matrix product's full speed, and the buffers stay small
+CHUNK = (
+    32 << 20
+)  # bytes of a chunk's logits: enough rows for the matrix product's full speed, and a heap block that is reused
+BLOCK = 16  # rows whose softmax is taken at once, in fp32: they stay in the cache
 _LEAST = 1e-30  # probabilities below are taken from logits anew: fp32 loses them
 
 
@@ -42,19 +45,14 @@ class _CrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(h.dtype, torch.float32)
         losses = h.new_empty(len(h), dtype=wide)
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
-        shape = (min(ROWS, len(h)), len(weight))
-        buffer = h.new_empty(shape, dtype=wide)
-        narrow = h.new_empty(shape) if wide != h.dtype and dh is not None else None
-        for start in range(0, len(h), ROWS):
-            rows, y = h[start : start + ROWS], targets[start : start + ROWS]
-            logits = linear(rows, weight)
-            p = buffer[: len(rows)].copy_(logits) if wide != h.dtype else logits
-            torch.ops.aten._softmax.out(p, -1, False, out=p)
-            own = p.gather(1, y[:, None])[:, 0]
-            losses[start : start + ROWS] = _surprise(own, rows, weight, y, wide)
+        count = max(64, min(256, CHUNK // (len(weight) * h.element_size())))
+        for start in range(0, len(h), count):
+            rows, y = h[start : start + count], targets[start : start + count]
+            p = linear(rows, weight)
+            own = _softmax(p, y, wide)
+            losses[start : start + count] = _surprise(own, rows, weight, y, wide)
             if dh is not None:
-                q = p if narrow is None else narrow[: len(rows)].copy_(p)
-                dh[start : start + ROWS] = linear_back(q, weight).sub_(weight[y])
+                dh[start : start + count] = linear_back(p, weight).sub_(weight[y])
         ctx.save_for_backward(*([] if dh is None else [dh]))
         return losses
 
@@ -63,6 +61,22 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         (dh,) = ctx.saved_tensors
         return dh * grad.to(dh.dtype)[:, None], None, None
+
+
+def _softmax(logits: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
+    """Make the logits probabilities, in place; give those of the targets (n,), before they are rounded to the logits' dtype."""
+    own = logits.new_empty(len(logits), dtype=dtype)
+    buffer = (
+        None if logits.dtype == dtype else logits.new_empty((min(BLOCK, len(logits)), logits.shape[1]), dtype=dtype)
+    )
+    for start in range(0, len(logits), BLOCK):
+        rows = logits[start : start + BLOCK]
+        p = rows if buffer is None else buffer[: len(rows)].copy_(rows)
+        torch.ops.aten._softmax.out(p, -1, False, out=p)
+        own[start : start + BLOCK] = p.gather(1, targets[start : start + BLOCK, None])[:, 0]
+        if buffer is not None:
+            rows.copy_(p)
+    return own
 
 
 def _surprise(p: Tensor, h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:

@@ -197,7 +197,7 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, residual: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
         inputs, factors = tensors[: call.inputs], tensors[call.inputs :]
-        h, _ = call.prologue.forward(inputs)
+        h = call.prologue.forward(inputs)[0]  # what it used on the way is as large as h, and goes
         As, Bs = [A.to(h.dtype) for A in factors[::2]], [B.to(h.dtype) for B in factors[1::2]]
         ys, shrunk = [linear(h, matrix().to(h.dtype)) for matrix in call.matrices], []
         for span, own_A, own_B in each(call.spans, As, Bs):
@@ -250,7 +250,7 @@ def _factor_gradients(
         gs = [(dy @ B) * scale.to(dy.dtype) for dy, B, scale in zip(own, own_B, span.scales, strict=True)]
         dAs = [None] * len(gs) if h is None else span.outer(gs, h)
         for dA, dy, u in zip(dAs, own, own_u, strict=True):
-            grads += [dA, dy.t() @ u]
+            grads += [dA, (u.t() @ dy).t()]  # dy^T u, in two thirds of its time
         every += gs
     return every, grads
 

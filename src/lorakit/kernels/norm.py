@@ -19,26 +19,24 @@ class RMSNorm:
     def __init__(self, weight: Tensor, eps: float, *, wide: bool = False) -> None:
         self.weight, self.eps, self.wide = weight, eps, wide
 
-    def inverse(self, x: Tensor) -> Tensor:
-        """Give 1 / rms(x), (..., 1) in fp32 (fp64 for fp64)."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-        return norm.square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
-
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Give h, and with it x and 1 / rms."""
-        x, inverse = inputs[0], self.inverse(inputs[0])
-        y = x * inverse  # fp32 where x is bf16
-        h = y.mul_(self.weight).to(x.dtype) if self.wide else y.to(x.dtype).mul_(self.weight.to(x.dtype))
-        return h, (x, inverse)
+        """Give h, and with it y = x / rms in the wide dtype and 1 / rms (..., 1)."""
+        x = inputs[0]
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # once: operations on two dtypes are slow
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        inverse = norm.square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
+        y = wide * inverse if wide is x else wide.mul_(inverse)
+        if self.wide:
+            return (y * self.weight).to(x.dtype), (y, inverse)
+        h, weight = y.to(x.dtype), self.weight.to(x.dtype)
+        return h * weight if h is y else h.mul_(weight), (y, inverse)
 
     def backward(self, dh: Tensor, way: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-        """Give dx = (w dh - y mean(w dh y)) / rms, y = x / rms."""
-        x, inverse = way
-        g = (dh * self.weight.to(dh.dtype)).to(inverse.dtype)
-        wide = x.to(inverse.dtype)
-        along = (g * wide).sum(-1, keepdim=True).mul_(inverse.pow(3)).div_(-x.shape[-1])
-        return (g.mul_(inverse).addcmul_(wide, along).to(x.dtype),)
+        """Give dx = (g - y mean(g y)) / rms, g = w dh."""
+        y, inverse = way
+        g = dh.mul_(self.weight.to(dh.dtype)).to(y.dtype)
+        along = (g * y).sum(-1, keepdim=True).div_(-y.shape[-1])
+        return (g.addcmul_(y, along).mul_(inverse).to(dh.dtype),)
 
 
 def reference(x: Tensor, weight: Tensor, eps: float, *, wide: bool = False) -> Tensor:

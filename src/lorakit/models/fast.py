@@ -34,6 +34,8 @@ class Fast:
     head: bool
     rows: bool
     """Whether the last block can be told which positions are needed."""
+    separable: bool = False
+    """Whether several threads can each train rows of their own at once: nothing remembers a pass or draws random numbers."""
 
     @property
     def words(self) -> str:
@@ -89,26 +91,33 @@ def accelerate(model: "PreTrainedModel") -> Fast:
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     blocks = swap(model)
-    layers = cast(Any, model.config.get_text_config()).num_hidden_layers
     try:
         model.requires_grad_(False)  # as it will be, before anything is attached
         if blocks and not _agree(model, blocks):
             swap_back(model)
             blocks = []
-        fused = sum(block.parts() is not None for block in blocks)  # none with an adapter of another form, or in 8 bits
         head = _head_agrees(model)
     finally:
         for p in trained:
             p.requires_grad = True
-    return Fast(fused, layers, head, head and len(blocks) == layers)
+    return _found(model, blocks, head)
 
 
 def presumed(model: "PreTrainedModel") -> Fast:
     """Give what `accelerate` would, for a model without data (`skeleton`), where nothing can be proved."""
-    blocks, config = len(swap(model)), cast(Any, model.config.get_text_config())
+    blocks, config = swap(model), cast(Any, model.config.get_text_config())
     capped = "final_logit_softcapping" in config.to_dict() and config.final_logit_softcapping is not None
-    head = blocks > 0 and not capped and plain_head(model) is not None
-    return Fast(blocks, config.num_hidden_layers, head, head and blocks == config.num_hidden_layers)
+    return _found(model, blocks, bool(blocks) and not capped and plain_head(model) is not None)
+
+
+def _found(model: "PreTrainedModel", blocks: list[FastBlock], head: bool) -> Fast:
+    layers = cast(Any, model.config.get_text_config()).num_hidden_layers
+    fused = sum(block.parts() is not None for block in blocks)  # none with an adapter of another form, or in 8 bits
+    draws = any(block.self_attn.attention_dropout for block in blocks) or any(
+        isinstance(module, nn.Dropout) and module.p for module in model.modules()
+    )
+    separable = head and fused == layers and not draws and model.device.type in ("cpu", "meta")
+    return Fast(fused, layers, head, head and len(blocks) == layers, separable)
 
 
 def _tokens(model: "PreTrainedModel") -> Tensor:

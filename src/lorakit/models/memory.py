@@ -7,6 +7,7 @@ depends on the device: the fused kernel keeps q, k, v, its output and one number
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ def estimate(
     optimizer: int | None = None,
     device: str | torch.device = "cpu",
     runtime: int | None = None,
+    threads: int = 1,
 ) -> Estimate:
     """What one optimizer step over `accumulate` micro-batches of `rows` rows of `length` tokens needs.
 
@@ -84,13 +86,18 @@ def estimate(
     generating model computes logits for the `trained_tokens` of a micro-batch (all if None) if `packed`, else for every
     position. `optimizer`: bytes of its state (None: AdamW's, two float32 a trainable parameter). `device` is where it would
     run, `runtime` the bytes of the bare process (None: of this one, which should have imported what training imports).
+    `threads`: how many share the rows, where the model allows it (`Fast.separable`).
     UsageError for a model whose code looks at the values of its input.
     """
     place = torch.device(device)
     base, adapter = _parameter_bytes(model)
     trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     trained = rows * length if trained_tokens is None else trained_tokens
-    traced = _trace(model, rows, length, trained, packed, place)
+    shares = min(rows, threads) if threads > 1 and packed and place.type == "cpu" and presumed(model).separable else 1
+    parts = Counter(rows // shares + (i < rows % shares) for i in range(shares))
+    traced = _Trace()
+    for own, count in parts.items():
+        traced.add(count, _trace(model, own, length, trained * own // rows, packed, place))
     known = traced.activations + traced.logits + adapter
     process = (resident_bytes() if runtime is None else runtime) + _LAZY_LIBRARIES
     return Estimate(
@@ -146,6 +153,11 @@ class _Trace:
     fragmentation: int = 0
     flops_forward: int = 0
     flops_backward: int = 0
+
+    def add(self, count: int, other: "_Trace") -> None:
+        """Add what `count` shares that run at the same time need."""
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + count * getattr(other, name))
 
 
 def _trace(model: "PreTrainedModel", rows: int, length: int, trained: int, packed: bool, place: torch.device) -> _Trace:

@@ -29,6 +29,7 @@ from .controllers import Controller
 from .diagnostics import Diagnostics
 from .measure import memory_gb
 from .records import Records
+from .shares import Team, share_out
 from .steps import Steps, Window
 from .stop import Interrupted, StopRequest
 from .task import Task
@@ -66,6 +67,13 @@ class Job:
     """Answer the fixed prompts and log the answers."""
     first_step: Callable[[], None]
     """Prove after the first step that what was trained can be saved and read again."""
+    team: Team = field(default_factory=Team)
+    """The threads that share a micro-batch."""
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
 
 @dataclass
@@ -120,9 +128,12 @@ def alone(course: Course[T]) -> T:
 
 def _differentiate(micro: Micro) -> float:
     """Add a micro-batch's gradient up and give its summed loss; the graph must not live on, a parameter may be replaced."""
-    loss = batch_loss(micro.job, micro.seed, micro.rows)
-    (loss / micro.weight).backward()
-    return float(loss.detach())
+    job = micro.job
+    torch.manual_seed(micro.seed)
+    model = use(job.model, job.adapter)
+    places = share_out([len(row.input_ids) for row in micro.rows], job.team.count)
+    shares = [[micro.rows[i] for i in share] for share in places]
+    return job.team.backward(lambda rows: job.task.loss(model, rows)[0], shares, micro.weight, job.parameters)
 
 
 def training(job: Job, state: State) -> Course[State]:
@@ -188,7 +199,7 @@ def update(job: Job, state: State, window: Window) -> Course[tuple[float, float,
     penalty = job.controller.penalty()
     if penalty is not None:
         penalty.backward()
-    parameters = [p for group in job.optimizer.param_groups for p in group["params"]]
+    parameters = job.parameters
     if state.step == 0:
         check_all_reached(job, parameters)
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, math.inf if job.clip is None else job.clip))

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..bases import require
 from ..core.attach import Replacement, adapters, place, trainable, use
 from ..core.errors import UsageError
@@ -58,6 +60,7 @@ def requirement(
         optimizer=_optimizer_bytes(config, model),
         device=pick_device(),
         runtime=runtime,
+        threads=torch.get_num_threads(),
     )
     return replace(need, weights=need.weights - _saved_by_quantizing(config, model))
 

@@ -44,6 +44,7 @@ from .need import adapted, choose
 from .progress import Progress
 from .records import Records
 from .run_directory import RunDirectory
+from .shares import Team
 from .start import calibration_batches, measure, measures, restart, start, with_experts
 from .steps import Steps
 from .stop import StopRequest
@@ -284,7 +285,16 @@ class Session:
             diagnostics=self._diagnostics(optimizer, groups.factors),
             sample=partial(self._sample, records),
             first_step=self._first_step,
+            team=self._team(),
         )
+
+    def _team(self) -> Team:
+        """Give as many threads as torch has, where the model can be run by several at once."""
+        task, count = self.task, torch.get_num_threads()
+        if count == 1 or not isinstance(task, LanguageModelling) or not task.fast.separable:
+            return Team()
+        self.say(f"rows of a micro-batch are shared by up to {count} threads")
+        return Team(count)
 
     def _diagnostics(self, optimizer: torch.optim.Optimizer, factors: Sequence[Factors]) -> Diagnostics:
         """Watch the run, if that is asked for."""
