@@ -96,9 +96,11 @@ def sites(model: nn.Module, target: Target) -> list[Site]:
 
 def saved_modules(model: nn.Module, target: Target) -> list[tuple[str, nn.Module]]:
     """Give (path, module) of the modules that are trained in full. Raises UsageError for a name that matches none."""
+    if not target.modules_to_save:
+        return []
     modules = [(path, m) for path, m in model.named_modules() if path and ".adapters." not in path]
     found: dict[str, nn.Module] = {}
-    for entry in target.modules_to_save or ():
+    for entry in target.modules_to_save:
         hits = {path: m for path, m in modules if is_suffix(entry, path)}
         if not hits:
             raise _unmatched("modules_to_save", [entry], [path for path, _ in modules], model)

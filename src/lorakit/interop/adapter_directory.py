@@ -205,8 +205,6 @@ def _check_ranks(
     model: nn.Module, method: Method, target: Target, side: Mapping[str, Any], header: Mapping[str, TensorInfo]
 ) -> None:
     """Raise FileError for a rank that no tensor of file and model is large enough for, before anything is built with it."""
-    shapes = [info.shape for info in header.values()] + [shape_of(p) for p in model.parameters()]
-    largest = max((size for shape in shapes for size in shape), default=0)
     ranks = [
         (key, value)
         for part in parts_of(method)
@@ -215,6 +213,9 @@ def _check_ranks(
     ]
     ranks += [("rank_pattern", r) for r in (target.rank_pattern or {}).values()]
     ranks += [("parts", part.get("r") or 0) for its in side.get("parts", {}).values() for part in its.values()]
+    largest = max((size for info in header.values() for size in info.shape), default=0)
+    if any(r > largest for _, r in ranks):
+        largest = max(largest, *(size for p in model.parameters() for size in shape_of(p)))
     wrong = [f"{key} asks for rank {shown(r)}" for key, r in ranks if r > largest]
     if wrong:
         raise FileError(f"{CONFIG}: {some(wrong)}, but no tensor of file and model has a side longer than {largest}")
@@ -284,7 +285,8 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Say which tensors hold values that are not finite, or would not be in single precision."""
-    counts = {key: t.numel() - int(torch.isfinite(t.float()).sum()) for key, t in tensors.items()}
+    odd = {key: t for key, t in tensors.items() if not torch.isfinite(t.float().sum())}  # one pass where all is well
+    counts = {key: t.numel() - int(torch.isfinite(t.float()).sum()) for key, t in odd.items()}
     return [f"{shown(key)} holds {count} NaN or infinite values" for key, count in counts.items() if count]
 
 
