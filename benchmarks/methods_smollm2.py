@@ -197,7 +197,7 @@ def report(content: Mapping[str, Any]) -> str:
         "Loss: nats a token of the answers of 16 orders that were not trained, before and after; right: how many of the 16 a "
         "greedy answer gets exactly. Reopened: a fresh process writes the same answers from the file. Resumed: a run that "
         f"goes on from the checkpoint {s['again']} steps before the end comes to the same bytes. Merged: right answers of the merged "
-        "model. s: seconds of all steps with the evaluation at the end, beside other work; memory: the peak of the whole process. Learned: a loss of "
+        "model. s: seconds of all steps with the evaluation, beside other work; memory: the peak of the process. Learned: a loss of "
         f"at most {LOSS} and at least {RIGHT} right.\n",
         "It says that each of them works from training to file, and not which is best: the budget is the smallest that tells "
         "what learns from what does not, and the rates were chosen, not searched for.\n",
