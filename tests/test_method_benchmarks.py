@@ -140,7 +140,7 @@ def test_forced_answers_are_greedy_answers(tiny_model: Path, tmp_path: Path, mon
 
     train(
         loaded.model, loaded.tokenizer, data=tmp_path / "train.jsonl", output=tmp_path / "run",
-        lr=3e-2, max_steps=60, save_steps=0, schedule="constant",
+        lr=5e-3, max_steps=150, save_steps=0, schedule="constant",
     )  # fmt: skip
     loaded.model.eval()
     assert generate(loaded.model, loaded.tokenizer, ["ab"], max_tokens=8) == ["cd"]
