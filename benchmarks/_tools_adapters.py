@@ -135,17 +135,17 @@ CASES: dict[str, Case] = {
     "rslora-patterns": Case("the same, rsLoRA", lora(use_rslora=True, **PATTERNS), MLP, low_rank(7 / 10**0.5)),
     "dora": Case("DoRA", lora(use_dora=True), ATTENTION, dora(30 / 12)),
     "conv1d": Case(
-        "LoRA on GPT-2's Conv1D",
-        lora(target_modules=["c_attn"], fan_in_fan_out=True),
+        "LoRA on GPT-2's Conv1D, alpha = 8",
+        lora(target_modules=["c_attn"], fan_in_fan_out=True, lora_alpha=8),
         "transformer.h.0.attn.c_attn",
-        low_rank(30 / 12),
+        low_rank(8 / 12),
         family="gpt2",
     ),
     "embedding": Case(
-        "LoRA on the embedding",
-        lora(target_modules=["embed_tokens", "q_proj"]),
+        "LoRA on the embedding, alpha = 1",
+        lora(target_modules=["embed_tokens", "q_proj"], lora_alpha=1),
         "model.embed_tokens",
-        embedding(30 / 12),
+        embedding(1 / 12),
     ),
     "pissa-converted": Case("PiSSA, converted", lora(**PISSA), ATTENTION, since_start(30 / 12), convert=True),
     "pissa": Case("PiSSA, unconverted", lora(**PISSA), ATTENTION, since_start(30 / 12)),
@@ -172,6 +172,7 @@ def write_bases(directory: Path) -> dict[str, Path]:
     """Write a Llama and a GPT-2 of two layers, with random weights that bfloat16 holds exactly."""
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+    torch.manual_seed(0)
     small: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     llama = LlamaConfig(
         hidden_size=HIDDEN, intermediate_size=2 * HIDDEN, num_hidden_layers=2, num_attention_heads=4, **small

@@ -38,8 +38,8 @@ TOP, COSINE = 10, 0.5
 READING = """`lorakit inspect` was given the base (`--base`); without it the norms of DoRA are those of s·B·A, and it says so.
 An unconverted PiSSA adapter stands on a base that is in no file. PEFT repeats the start when it loads one, which is right where
 dtype and SVD are the same again; lorakit refuses it. Random weights have a flat spectrum, on which a randomized SVD is at its
-worst. weightwatcher with `peft=True` multiplies B and A without the scale, and for `merged - base` PEFT has merged. PEFT's
-`find_kappa_target_modules` is not here: it reads the base alone.
+worst. weightwatcher with `peft=True` multiplies B and A without the scale; for `merged - base` PEFT has merged, and what float32
+rounds in that difference counts as rank there. PEFT's `find_kappa_target_modules` is not here: it reads the base alone.
 """
 
 
@@ -168,6 +168,7 @@ def tried(run: Callable[[Made], dict[str, float]], made: Made, work: Path) -> di
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            torch.manual_seed(1)  # not the seed that the adapter was made with: a tool may draw a start again
             return run(made)
     except Exception as error:
         parts = [part for part in (vars(error).get(name) for name in ("what", "why", "fix")) if part]
