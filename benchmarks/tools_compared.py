@@ -39,7 +39,8 @@ READING = """`lorakit inspect` was given the base (`--base`); without it the nor
 An unconverted PiSSA adapter stands on a base that is in no file. PEFT repeats the start when it loads one, which is right where
 dtype and SVD are the same again; lorakit refuses it. Random weights have a flat spectrum, on which a randomized SVD is at its
 worst. weightwatcher with `peft=True` multiplies B and A without the scale; for `merged - base` PEFT has merged, and what float32
-rounds in that difference counts as rank there. PEFT's `find_kappa_target_modules` is not here: it reads the base alone.
+rounds in that difference counts as rank there. PEFT's `reduce_intruder_dimension` takes W as it is stored, of Conv1D transposed,
+and DoRA without its magnitudes; its `find_kappa_target_modules` is not here: it reads the base alone.
 """
 
 
