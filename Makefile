@@ -3,7 +3,7 @@
 # make check        lint and types
 # make gates        the slow proofs
 # make docs         the pages that are made from the code: docs/methods/, docs/theory/
-# make bench        the benchmarks (DATA=directory with e2e/ and glue/, PEERS=directory with trl)
+# make bench        the benchmarks (DATA=directory with e2e/ and glue/, PEERS=directory with trl, WATCHER=python with weightwatcher)
 # TORCH=torch takes the newest torch instead of the one the figures were measured with.
 
 PYTHON ?= python3
@@ -60,6 +60,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/methods_smollm2.py
 	$(BIN)/python benchmarks/merge_precision.py
 	$(BIN)/python benchmarks/inspect_speed.py
+	$(BIN)/python benchmarks/tools_compared.py $(if $(WATCHER),--weightwatcher $(WATCHER))
 	$(BIN)/python benchmarks/peft_sst2.py --data $(DATA)/glue/SST-2
 	$(BIN)/python benchmarks/peft_e2e.py --data $(DATA)/e2e
 

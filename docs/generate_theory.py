@@ -2,7 +2,8 @@
 
     python docs/generate_theory.py
 
-Nothing on these pages is written by hand; the texts are the files in `src/lorakit/analysis/topics`. `tests/analysis/test_explain.py`
+Nothing on these pages is written by hand; the texts are the files in `src/lorakit/analysis/topics`, and for `tools.md` the newest
+result of `benchmarks/tools_compared.py`. `tests/analysis/test_explain.py`
 compares the pages with them.
 """
 
@@ -14,6 +15,7 @@ from lorakit.analysis.explain import LABELS, LANGUAGES, Topic, topics
 from lorakit.theory.formulas import FORMULAS
 
 PAGES = Path(__file__).parents[1] / "docs" / "theory"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 FOLDERS = {"en": "", "zh": "zh/"}
 INTRODUCTION = {
     "en": (
@@ -26,6 +28,11 @@ INTRODUCTION = {
         "每个公式都写明证明它的 `lorakit selftest` 检查, 算例由测试运行。"
         "给出适配器(`lorakit explain TOPIC --lang zh --adapter DIR --base MODEL --run DIR`), 同一页会显示你自己的数值。"
     ),
+}
+
+TOOLS = {
+    "en": "Measured: [who gives the right number for an adapter](tools.md), lorakit, PEFT's tools or weightwatcher.",
+    "zh": "实测: [谁给出适配器的正确数值](../tools.md)(英文), 比较 lorakit, PEFT 自带工具和 weightwatcher。",
 }
 
 
@@ -61,7 +68,16 @@ def index(language: str) -> str:
         f"{t.order}. [{t.texts[language].title}]({t.name}.md): {escaped(t.texts[language].question)}"
         for t in topics().values()
     ]
-    return "\n\n".join([INTRODUCTION[language], f"[{label['other language']}]({other})", "\n".join(rows)]) + "\n"
+    return (
+        "\n\n".join([INTRODUCTION[language], f"[{label['other language']}]({other})", "\n".join(rows), TOOLS[language]])
+        + "\n"
+    )
+
+
+def tools() -> str:
+    """Give the newest comparison with other tools, as it was written."""
+    results = sorted(RESULTS.glob("tools-compared_*.md"), key=lambda path: path.stem.rpartition("_")[2])
+    return f"[Index](README.md)\n\n{results[-1].read_text('utf-8')}"
 
 
 def fenced(text: str, language: str) -> str:
@@ -83,6 +99,7 @@ def pages() -> Iterator[tuple[Path, str]]:
         for topic in topics().values():
             yield Path(f"{FOLDERS[language]}{topic.name}.md"), page(topic, language)
         yield Path(f"{FOLDERS[language]}README.md"), index(language)
+    yield Path("tools.md"), tools()
 
 
 def main() -> None:

@@ -110,6 +110,24 @@ def test_the_rows_of_a_draw_are_ours(sst2: Path, monkeypatch: pytest.MonkeyPatch
     assert [row.fields for row in ours] == theirs
 
 
+def test_tools_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every adapter is what its formula says, and lorakit's numbers are right or refused; the page says both."""
+    script = benchmark("tools_compared", monkeypatch)
+    rows, version = script.measure(["rslora-patterns", "dora", "conv1d", "pissa-converted", "pissa"], tmp_path)
+    assert version == "not installed"
+    for row in rows:
+        for tool in ("lorakit load_adapter", "lorakit inspect"):
+            found = row["tools"][tool]
+            if row["case"] == "pissa":
+                assert "unconverted" in found["error"] and str(tmp_path) not in found["error"]
+                continue
+            judged = {name: script.judged(name, value, row["truth"][name]) for name, value in found.items()}
+            assert set(judged.values()) == {"right"}, (row["title"], tool, judged)
+    assert script.judged("frobenius", 2.0, 1.0) == "x 2" and script.judged("apart", 0.5, 0.0) == "0.5 off"
+    page = script.tables(rows)
+    assert "x 1." in page and "not installed" in page and "1. FileError" in page
+
+
 @pytest.mark.slow  # four fresh processes of some 8 seconds of imports each
 @pytest.mark.parametrize("name", ["peft_sst2", "peft_e2e"])
 def test_the_script(

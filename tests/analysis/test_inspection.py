@@ -140,7 +140,9 @@ def test_what_cannot_be_read_is_said_not_raised(adapter: Path) -> None:
     content = json.loads(config.read_text())
     config.write_text(json.dumps({**content, "init_lora_weights": "pissa_niter_4"}))
     found = inspection(adapter)
-    assert kinds(found) == ["unconverted"] and not found.modules and "unconverted" in found.not_measured["everything"]
+    assert kinds(found) == ["unconverted"] and not found.modules
+    assert "unconverted" in found.not_measured["everything"]
+    assert "path_initial_model_for_weight_conversion" in found.not_measured["everything"]  # what to do about it
     config.write_text(json.dumps(content))
     rewrite(adapter, lambda name, t: t + torch.nan if "layers.2.q_proj.lora_A" in name else t)
     found = inspection(adapter)
@@ -177,11 +179,37 @@ def test_methods_without_factors_of_the_change(method: str, tmp_path: Path) -> N
     change = (adapted.merge(W) - W).detach()
     m = found.modules[0]
     if method == "bitfit":
-        assert m.numbers == {} and "changes no matrix" in found.not_measured[m.module.path] and found.verdicts == ()
+        assert m.numbers == {} and "changes no matrix" in found.not_measured.values() and found.verdicts == ()
         return
     assert m.numbers["relative_norm"].value == pytest.approx(float(change.norm() / W.norm()), rel=1e-4)
-    if method != "dora":  # of DoRA the spectrum is that of the direction's change
-        assert m.numbers["frobenius"].value == pytest.approx(float(change.norm()), rel=1e-4)
+    assert m.numbers["frobenius"].value == pytest.approx(float(change.norm()), rel=1e-4)
+    S = torch.linalg.svdvals(change.double())
+    assert m.spectrum == pytest.approx(S.tolist(), rel=1e-4, abs=1e-5)
+    assert m.numbers["stable_rank"].value == pytest.approx(sp.stable_rank(S), rel=1e-4)
+
+
+def test_of_dora_the_norm_is_that_of_the_change_or_said_not_to_be(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Toy()
+    (tmp_path / "base").mkdir()
+    save_file({k: v.clone() for k, v in model.state_dict().items()}, tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "config.json").write_text("{}")
+    lk.attach(model, lk.METHODS["dora"](r=4), target_modules=["q_proj"])
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    directory = lk.save(model, tmp_path / "run" / "adapter")
+    alone, beside = inspection(directory), inspection(directory, base=True, intruders=True)
+    _, layer, adapted = next(lk.adapters(model))
+    W = layer.weight.detach()
+    part = adapted.scale * (adapted.lora_B @ adapted.lora_A).detach()
+    assert alone.modules[0].numbers["frobenius"].value == pytest.approx(float(part.norm()), rel=1e-4)
+    (said,) = [why for what, why in alone.not_measured.items() if what == f"layers.0.q_proj and {BLOCKS - 1} more"]
+    assert "only a part of the change: --base" in said
+    numbers = beside.modules[0].numbers
+    assert numbers["frobenius"].value == pytest.approx(float((adapted.merge(W) - W).detach().norm()), rel=1e-4)
+    assert numbers["imbalance"] == alone.modules[0].numbers["imbalance"]
+    assert "intruders_attributable" in numbers and not any("s·B·A" in why for why in beside.not_measured.values())
 
 
 # --- the page -----------------------------------------------------------------------------------------------------------

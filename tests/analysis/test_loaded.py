@@ -145,7 +145,7 @@ def test_conv1d_layers_are_read_as_they_apply(tmp_path: Path) -> None:
         assert torch.allclose(module.delta().T.float(), layer.get_delta_weight("default"), atol=1e-6)
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_an_adapter_relative_to_a_moved_base_is_refused_until_it_is_converted(init: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -159,8 +159,9 @@ def test_an_adapter_relative_to_a_moved_base_is_refused_until_it_is_converted(in
     layer = wrapped.base_model.model.layers[0]["q_proj"]
     after = layer.get_base_layer().weight.detach() + layer.get_delta_weight("default").detach()
     wrapped.save_pretrained(str(tmp_path / "raw"))
-    with pytest.raises(FileError, match="unconverted"):
-        load_adapter(tmp_path / "raw")
+    with pytest.raises(FileError, match="unconverted") as error:
+        load_adapter(tmp_path / "raw", base.layer)  # the base as it was does not help
+    assert "in no file" in str(error.value) and "path_initial_model_for_weight_conversion" in str(error.value)
     wrapped.save_pretrained(
         str(tmp_path / "converted"), path_initial_model_for_weight_conversion=str(tmp_path / "start")
     )

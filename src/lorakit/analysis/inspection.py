@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,8 @@ def inspect_adapter(
         with _threads(torch.get_num_threads() if intruders else 1):
             modules = tuple(_measured(adapter, stored, base, intruders))
     except LorakitError as error:
-        why = error.what if error.why is None else f"{error.what} ({error.why})"
+        more = "; ".join(part for part in (error.why, error.fix) if part)
+        why = f"{error.what} ({more})" if more else error.what
         return Inspection(verdicts=tuple(verdicts), not_measured={"everything": why})
     verdicts += [*_dead(modules), *_scales(adapter), *_storage(modules, stored)]
     return Inspection(
@@ -155,23 +156,28 @@ def _module(module: LoadedModule, weight: Tensor | None, stored: torch.dtype | N
     if module.A is None or module.B is None:
         return _dense(module, weight, intruders)
     A, B, scale = module.A, module.B, module.scale
+    empty = int(((A == 0).all(1) & (B == 0).all(0)).sum())
+    if (
+        module.needs_base and weight is not None
+    ):  # DoRA: s·B·A is a part of the change, so only the facts of A and B are its own
+        found = _dense(module, weight, intruders)
+        return replace(found, numbers={**found.numbers, **measures.of_parametrisation(A, B)}, dead_components=empty)
     factored = sp.svd(A, B, scale) if weight is not None else None
     S = factored.S if factored else sp.singular_values(A, B, scale)
     numbers = measures.of_factors(A, B, scale, S)
     numbers |= measures.storage(A, B, S, stored or torch.bfloat16, stored=stored is not None)
     if weight is not None and factored is not None:
-        if module.needs_base:  # DoRA: the factors are the change of direction only
-            numbers |= _relative(module.delta(weight), weight)
-        else:
-            numbers |= measures.with_base(factored, weight)
-            numbers |= measures.intruding(factored, weight) if intruders else {}
+        numbers |= measures.with_base(factored, weight)
+        numbers |= measures.intruding(factored, weight) if intruders else {}
     null = nulls.random_factors(*module.shape, len(A)).spectrum if len(A) and bool(S.any()) else ()
-    empty = int(((A == 0).all(1) & (B == 0).all(0)).sum())
-    return Measured(module, numbers, tuple(S.tolist()), null, dead_components=empty)
+    notes = (
+        ("norms and spectrum are of s·B·A, which is only a part of the change: --base",) if module.needs_base else ()
+    )
+    return Measured(module, numbers, tuple(S.tolist()), null, notes, empty)
 
 
 def _dense(module: LoadedModule, weight: Tensor | None, intruders: bool) -> Measured:
-    """Measure a change without factors: its norm always, its spectrum where the SVD is quick."""
+    """Measure a change that is no product of factors: its norm always, its spectrum where the SVD is quick."""
     if module.needs_base and weight is None:
         return Measured(module, {}, notes=("the change depends on the base weight: --base",))
     delta = module.delta(weight)
@@ -179,7 +185,7 @@ def _dense(module: LoadedModule, weight: Tensor | None, intruders: bool) -> Meas
     if min(module.shape) > DENSE_SIDE:
         numbers = {"frobenius": Number(size, Kind.EXACT, "frobenius")}
         numbers |= _relative(delta, weight) if weight is not None else {}
-        return Measured(module, numbers, notes=(f"no spectrum: no factors, and larger than {DENSE_SIDE}",))
+        return Measured(module, numbers, notes=(f"no spectrum: not s·B·A, and larger than {DENSE_SIDE}",))
     factored = sp.dense_svd(delta)
     numbers = measures.of_spectrum(factored.S, *module.shape, 0)
     if weight is not None:
@@ -256,7 +262,11 @@ def _whole(adapter: LoadedAdapter) -> dict[str, Number]:
 
 
 def _missing(modules: Iterable[Measured], base: bool, intruders: bool) -> dict[str, str]:
-    missing = {m.module.path: "; ".join(m.notes) for m in modules if m.notes}
+    alike: dict[str, list[str]] = {}
+    for m in modules:
+        if m.notes:
+            alike.setdefault("; ".join(m.notes), []).append(m.module.path)
+    missing = {paths[0] + (f" and {len(paths) - 1} more" if paths[1:] else ""): why for why, paths in alike.items()}
     if not base:
         missing["relative norm, amplification, dominance"] = "they need the base weights: --base MODEL"
     if not intruders:

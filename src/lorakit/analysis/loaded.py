@@ -75,7 +75,7 @@ class LoadedModule:
 
     @torch.no_grad()
     def delta(self, weight: Tensor | None = None) -> Tensor:
-        """Give the dense change (out, in) as the method merges it, in float64; weight (out, in) where `needs_base`."""
+        """Give the dense change (out, in) as the method merges it, rounded as merging rounds, in float64; weight where `needs_base`."""
         if not self.changes_matrix:
             return torch.zeros(self.shape, dtype=torch.float64)
         if isinstance(self.adapter, AdditiveAdapter):
@@ -125,6 +125,9 @@ def load_adapter(directory: str | Path, layer_of: Callable[[str], Layer] | None 
     It is needed for methods whose file does not say the shapes (VeRA, BitFit, bottlenecks). Raises FileError for a file
     that is damaged, of an unknown method, unconverted from a start that moved the base (PiSSA, OLoRA, CorDA, LoRA-GA), or
     that holds NaN; and where the shapes are needed.
+
+    An unconverted adapter stands on W - s·B0·A0, which is in no file: s·B·A is not its change, and a start repeated on W is only
+    as good as the dtype and the SVD that it is repeated with. A converted one is s·(B·A - B0·A0), of rank 2r, and read like any LoRA.
     """
     directory = Path(directory)
     config = read_json(regular_file(directory, CONFIG))

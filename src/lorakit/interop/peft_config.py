@@ -130,9 +130,10 @@ def read_config(config: Mapping[str, Any], side: Mapping[str, Any]) -> tuple[Met
     start = str(config.get("init_lora_weights")).lower()
     if start.startswith(MOVES_THE_BASE):
         raise FileError(
-            f"the adapter was saved unconverted from an {shown(start)} start",
-            why="that start moved part of the base weights into the adapter: on the original base it means something else",
-            fix="save it in PEFT with path_initial_model_for_weight_conversion",
+            f"the adapter was saved unconverted from the start {shown(start)}",
+            why="that start moved part of the base weights into the adapter, and what was left of them is in no file: repeated in "
+            "another dtype, on a quantized base, on other rows or by a randomized SVD, the start gives another base",
+            fix="save it in PEFT with path_initial_model_for_weight_conversion, from the model that was trained",
         )
     return method, _target({**config, "rank_pattern": _ranks(config, form)}, side)
 

@@ -37,12 +37,17 @@ def of_factors(A: Tensor, B: Tensor, scale: float, S: Tensor | None = None) -> d
     """Give everything that A (r, k), B (d, r) and s say: `of_spectrum`, counts, and facts of the parametrisation."""
     (r, k), d = A.shape, B.shape[0]
     S = sp.singular_values(A, B, scale) if S is None else S
+    return {**of_spectrum(S, d, k, r), **of_parametrisation(A, B)}
+
+
+def of_parametrisation(A: Tensor, B: Tensor) -> dict[str, Number]:
+    """Give what A (r, k) and B (d, r) are by themselves, whatever the change is made of them."""
+    (r, k), d = A.shape, B.shape[0]
 
     def of_these(value: float, formula: str) -> Number:
         return Number(value, Kind.PARAMETRISATION, formula)
 
     return {
-        **of_spectrum(S, d, k, r),
         "parameters": Number(flops.parameters(d, k, r), Kind.EXACT, "parameters"),
         "degrees_of_freedom": Number(flops.degrees_of_freedom(d, k, r), Kind.EXACT, "degrees_of_freedom"),
         "break_even_rank": Number(flops.break_even_rank(d, k), Kind.EXACT, "break_even_rank"),
