@@ -57,12 +57,21 @@ RATES: Mapping[str, tuple[float, str]] = {
     "method/randlora": (2e-3, "only scales of random matrices move, of many at once; 1e-2 diverges"),
     "method/vera": (5e-2, "only scales of random matrices move; at 1e-2 the loss falls to 1.81 in 14 steps"),
     "method/xlora": (1e-2, "a router's scalings go from 0 towards 1"),
+    "controller/adalora": (3e-2, "as for the method"),
     "optimizer/flora": (
         1e-1,
         "relative to the size of the weights, which for a change that starts at zero counts as 1e-3",
     ),
-    "optimizer/galore": (2e-3, "above that of full fine-tuning over its own scale of 0.25; at 4e-4 the loss falls to 0.74 only"),
+    "optimizer/galore": (
+        2e-3,
+        "above that of full fine-tuning over its own scale of 0.25; at 4e-4 the loss falls to 0.74 only",
+    ),
     "optimizer/lora_pro": (1e-4, "that of full fine-tuning, as its file says"),
+    "optimizer/lora_fa": (4e-3, "only B moves; at 1e-3 the loss falls to 0.35"),
+    "optimizer/muon": (
+        1e-2,
+        "its updates have a fifth of the size of AdamW's first ones; at 1e-3 the loss falls to 1.40 only",
+    ),
     "optimizer/sgd": (3e-1, "steps as long as the gradient, which is small"),
 }
 TARGETS: Mapping[str, Sequence[str]] = {  # where the files say that the papers put them
