@@ -60,6 +60,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/methods_smollm2.py
 	$(BIN)/python benchmarks/merge_precision.py
 	$(BIN)/python benchmarks/inspect_speed.py
+	$(BIN)/python benchmarks/prefix_cache.py
 	$(BIN)/python benchmarks/peft_sst2.py --data $(DATA)/glue/SST-2
 	$(BIN)/python benchmarks/peft_e2e.py --data $(DATA)/e2e
 

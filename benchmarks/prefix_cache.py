@@ -91,14 +91,19 @@ def pair(common: Mapping[str, Any], layers: int, turn: int) -> dict[str, Any]:
             if done.returncode:
                 raise SystemExit(f"{arm} failed with exit code {done.returncode}:\n{done.stdout[-4000:]}")
             found[arm] = json.loads((Path(directory) / "result.json").read_text())
-    own, other = found["with"], found["without"]
+    return {**found, **compared(found["with"], found["without"])}
+
+
+def compared(own: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Compare the arm that keeps the prefix with the other one."""
     first = other["steps_of_an_epoch"]
-    found["first_epoch_is_the_same"] = own["losses"][:first] == other["losses"][:first]
-    found["agreement"] = agreement(own["losses"], other["losses"])
-    found["times_faster"] = {
-        clock: [b / a for a, b in zip(own[clock], other[clock], strict=True)] for clock in ("cpu", "wall")
+    return {
+        "first_epoch_is_the_same": own["losses"][:first] == other["losses"][:first],
+        "agreement": agreement(own["losses"], other["losses"]),
+        "times_faster": {
+            clock: [b / a for a, b in zip(own[clock], other[clock], strict=True)] for clock in ("cpu", "wall")
+        },
     }
-    return found
 
 
 def report(content: Mapping[str, Any]) -> str:

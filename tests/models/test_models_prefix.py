@@ -180,7 +180,7 @@ def test_equal_rows_are_kept_once(prefix: Callable[..., Prefix]) -> None:
     size = kept.size
     kept.expect([ROWS[1], ROWS[0], ROWS[1]], 1)
     assert kept.size == size == sum(map(len, ROWS)) * 32 * 8
-    assert f"blocks 0 to 1 run once for each of {len(ROWS)} distinct rows" in kept.words
+    assert f"blocks 0 to 1 will run once for each of {len(ROWS)} distinct rows" in kept.words
 
 
 @pytest.mark.parametrize("checkpointing", [True, 3])
@@ -265,6 +265,18 @@ def test_methods_of_other_forms_count_as_well(name: str, prefix: Callable[..., P
     fast = accelerate(model)
     assert frozen_blocks(model) == 2
     same(step(model, fast, ROWS, prefix(model)), step(model, fast, ROWS, None), 1e-6)
+
+
+def test_an_adapter_that_is_not_trained_now_counts_as_well() -> None:
+    """Another run's, whose turn may come."""
+    model: Any = build(num_hidden_layers=LAYERS)
+    lk.attach(model, lk.LoRA(r=2), name="other", layers=[1])
+    lk.attach(model, lk.LoRA(r=2), name="own", layers=[3])
+    lk.use(model, "own")
+    enable_packing(model)
+    accelerate(model)
+    assert not any(p.requires_grad for p in model.model.layers[1].parameters())
+    assert frozen_blocks(model) == 1
 
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {

@@ -254,6 +254,33 @@ def test_threads_that_share_a_micro_batch(configure: Callable[..., RunConfig], m
     same_bytes(go(stopped), kept)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_rows_are_run_in_the_passes_of_the_first_epoch(
+    configure: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    """The same rows together, by as many threads: this is what makes their states the same whenever they are needed."""
+    Pass = tuple[int, tuple[tuple[int, ...], ...]]
+    passes, groups = list[Pass](), list[Pass]()
+    real, states = LanguageModelling.losses, prefix_module._states
+
+    def losses(task: LanguageModelling, model: Any, parts: Any) -> Any:
+        if model.training:
+            passes.append((torch.get_num_threads(), tuple(tuple(row.input_ids) for rows in parts for row in rows)))
+        return real(task, model, parts)
+
+    def grouped(model: Any, depth: int, rows: Any, by: int) -> torch.Tensor:
+        groups.append((by, tuple(tuple(row) for row in rows)))
+        return states(model, depth, rows, by)
+
+    monkeypatch.setattr(LanguageModelling, "losses", losses)
+    monkeypatch.setattr(prefix_module, "_states", grouped)
+    torch.set_num_threads(threads)
+    go(configure("kept", train__batch_size=5))
+    first = len(groups)
+    assert first == (5 if threads == 2 else 3), "5, 5 and 1 rows, those of 5 in a share for each thread"
+    assert sorted(groups) == sorted(passes[:first])
+
+
 # --- several runs at once ---
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -377,7 +404,7 @@ def test_it_is_not_switched_in_the_middle_of_a_run(
 def test_a_run_that_could_keep_it_is_told_once(configure: Callable[..., RunConfig]) -> None:
     hint = "train.cache_prefix: true would run"
     assert said(go(configure("could", False))).count(hint) == 1
-    assert hint not in said(go(configure("brief", False, train__epochs=1)))
+    assert hint not in said(go(configure("brief", False, train__epochs=1.5)))
     assert hint not in said(go(configure("all", False, method__last_n_layers=None)))
     assert hint not in said(go(configure("does")))
 

@@ -92,6 +92,11 @@ def frozen_blocks(model: "PreTrainedModel") -> int:
     return depth
 
 
+def below(depth: int) -> str:
+    """Name the blocks below `depth`."""
+    return "block 0" if depth == 1 else f"blocks 0 to {depth - 1}"
+
+
 def _refusal(why: str, fix: str | None = None) -> UsageError:
     leave = f"leave {KEY} out"
     return UsageError(f"{KEY} has nothing to keep with this model", why=why, fix=f"{fix}, or {leave}" if fix else leave)
@@ -158,11 +163,8 @@ class Prefix:
     @property
     def words(self) -> str:
         """Say it."""
-        below = "block 0" if self.depth == 1 else f"blocks 0 to {self.depth - 1}"
-        return (
-            f"frozen prefix: {below} run once for each of {len(self._rows)} distinct rows; "
-            f"what they give takes {self.size / 1e6:.1f} MB of disk"
-        )
+        rows = f"once for each of {len(self._rows)} distinct rows"
+        return f"frozen prefix: {below(self.depth)} will run {rows}, and what they give takes {self.size / 1e6:.1f} MB of disk"
 
     def expect(self, rows: Sequence[Sequence[int]], threads: int) -> None:
         """Announce rows (their tokens) that are to be run together, by operations of so many threads; known ones stay where they are."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..core.errors import UsageError
-from ..models.prefix import KEY, Prefix, frozen_blocks
+from ..models.prefix import KEY, Prefix, below, frozen_blocks
 from .loop import Job
 from .shares import share_out
 from .task import LanguageModelling
@@ -52,9 +52,9 @@ def _expect(prefix: Prefix, job: Job, shares: int) -> None:
 
 
 def advice(job: Job) -> str | None:
-    """Say what could be kept, of a run that comes back to its rows."""
+    """Say what could be kept, of a run that goes through its rows twice or more."""
     model: Any = job.model
-    if job.steps.total > job.steps.starts[1] and isinstance(job.task, LanguageModelling) and job.task.packed:
+    if job.steps.total >= 2 * job.steps.starts[1] and isinstance(job.task, LanguageModelling) and job.task.packed:
         with suppress(UsageError):
-            return f"{KEY}: true would run the lowest {frozen_blocks(model)} blocks in the first epoch only"
+            return f"{KEY}: true would run {below(frozen_blocks(model))} in the first epoch only"
     return None
