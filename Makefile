@@ -61,6 +61,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/merge_precision.py
 	$(BIN)/python benchmarks/inspect_speed.py
 	$(BIN)/python benchmarks/tools_compared.py $(if $(WATCHER),--weightwatcher $(WATCHER))
+	$(BIN)/python benchmarks/prefix_cache.py
 	$(BIN)/python benchmarks/peft_sst2.py --data $(DATA)/glue/SST-2
 	$(BIN)/python benchmarks/peft_e2e.py --data $(DATA)/e2e
 

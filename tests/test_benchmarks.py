@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -126,6 +127,29 @@ def test_tools_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert script.judged("frobenius", 2.0, 1.0) == "x 2" and script.judged("apart", 0.5, 0.0) == "0.5 off"
     page = script.tables(rows)
     assert "x 1." in page and "not installed" in page and "1. FileError" in page
+
+
+def test_the_frozen_prefix(
+    decoder: Path, rows: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = benchmark("prefix_cache", monkeypatch)
+    job = {"epochs": 3, "batch_size": 4, "dtype": "float32", "model": str(decoder), "threads": 1, "data": str(rows(11))}
+    arms = {}
+    for arm in script.ARMS:
+        (tmp_path / arm).mkdir()
+        arms[arm] = script.train({**job, "layers": 1, "arm": arm}, tmp_path / arm)
+    without, kept = arms["without"], arms["with"]
+    assert len(kept["cpu"]) == len(kept["wall"]) == 3 and kept["steps_of_an_epoch"] == 3
+    assert all(seconds > 0 for arm in arms.values() for seconds in arm["wall"])
+    assert kept["losses"][:3] == without["losses"][:3]
+    assert kept["losses"] == pytest.approx(without["losses"], rel=1e-5)
+    assert "11 distinct rows" in kept["said"] and without["said"] is None
+    found = {"layers": 1, **arms, **script.compared(kept, without)}
+    assert found["first_epoch_is_the_same"]
+    environment = {"versions": {}, "gpu": None, "processor": "", "processors_visible": 1, "date": "", "threads": 1}
+    environment |= {"load_average": 0, "python": "", "commit": ""}
+    text = script.report({"runs": [found], "job": {**job, "rows": 11}, "environment": environment})
+    assert "| last 1 " in text and "same bits" in text
 
 
 @pytest.mark.slow  # four fresh processes of some 8 seconds of imports each

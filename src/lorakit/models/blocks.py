@@ -19,7 +19,7 @@ import functools
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 from torch import Tensor, nn
 
@@ -70,6 +70,14 @@ class Parts(NamedTuple):
     down: list[Projection]
 
 
+class Shortcut(Protocol):
+    """What knows the outputs of some blocks (`prefix.py`)."""
+
+    def instead(self, block: int, x: Tensor) -> Tensor | None:
+        """Give the output (B, T, n) of the block of this number for its input x, or None for it to run."""
+        ...
+
+
 class FastBlock(nn.Module):
     """Mixin in front of a decoder layer's class."""
 
@@ -82,9 +90,13 @@ class FastBlock(nn.Module):
         hidden_states: Tensor,
         *args: Any,
         keep_rows: Tensor | None = None,
+        prefix: Shortcut | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Give the block's output (B, T, n); of the last block only the positions `keep_rows`, if given."""
+        """Give the block's output (B, T, n), without running it where `prefix` has it; of the last block only `keep_rows`, if given."""
+        known = None if prefix is None else prefix.instead(self.self_attn.layer_idx, hidden_states)
+        if known is not None:
+            return known
         if self.self_attn.layer_idx + 1 < self.self_attn.config.num_hidden_layers:
             keep_rows = None
         parts = self.parts() if _trains(hidden_states, args, kwargs) and self.training else None

@@ -120,7 +120,8 @@ def _found(model: "PreTrainedModel", blocks: list[FastBlock], head: bool) -> Fas
     return Fast(fused, layers, head, head and len(blocks) == layers, separable)
 
 
-def _tokens(model: "PreTrainedModel") -> Tensor:
+def probe_tokens(model: "PreTrainedModel") -> Tensor:
+    """Give the tokens (1, 16) on which a model is tried out."""
     embedding = cast(nn.Embedding, model.get_input_embeddings())
     ids = torch.randint(embedding.num_embeddings, (1, _PROBE), generator=torch.Generator().manual_seed(0))
     return ids.to(model.device)
@@ -129,7 +130,7 @@ def _tokens(model: "PreTrainedModel") -> Tensor:
 def _run(model: "PreTrainedModel") -> tuple[Tensor, Tensor]:
     """Give the logits and the gradient of the embedded tokens of the sum of their squares."""
     with torch.no_grad():
-        embedded = cast(Any, model.get_input_embeddings())(_tokens(model))
+        embedded = cast(Any, model.get_input_embeddings())(probe_tokens(model))
     embedded.requires_grad_()
     with torch.enable_grad():
         logits = model(inputs_embeds=embedded, use_cache=False).logits
@@ -156,7 +157,7 @@ def _agree(model: "PreTrainedModel", blocks: list[FastBlock]) -> bool:
 
 @torch.no_grad()
 def _head_agrees(model: "PreTrainedModel") -> bool:
-    head, ids = plain_head(model), _tokens(model)
+    head, ids = plain_head(model), probe_tokens(model)
     if head is None:
         return False
     try:

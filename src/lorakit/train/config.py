@@ -132,6 +132,7 @@ class TrainOptions:
     controller: schedule of ranks or restarts: its name, or a mapping of name and settings; the method's own when absent
     checkpointing: recompute activations in the backward pass, which saves memory and costs time: of all blocks (true), of the
         lowest so many, of as few as the free memory allows (auto)
+    cache_prefix: run the blocks below the lowest adapter in the first epoch only, and keep what they give for each row on disk
     keep_checkpoints: how many of the newest checkpoints stay on disk
     track: also record to tensorboard or trackio (metrics.jsonl is always written)
     diagnose: measure on the way whether rate, backward pass and strength are right, and say what is not
@@ -150,6 +151,7 @@ class TrainOptions:
     seed: Annotated[int, Ge(0), Le(2**63 - 1)] = 0
     controller: Annotated[str, OneOf(tuple(CONTROLLERS))] | Mapping[str, Any] | None = None
     checkpointing: bool | Annotated[int, Ge(0)] | Literal["auto"] = False
+    cache_prefix: bool = False
     keep_checkpoints: Count = 2
     track: tuple[Annotated[str, OneOf(("tensorboard", "trackio"))], ...] = ()
     diagnose: bool = False

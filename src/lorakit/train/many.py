@@ -42,7 +42,7 @@ Results = dict[str, RunResult | LorakitError]
 # What runs on one base, packed into one row, have in common. The ranks of layers may differ, the layers may not.
 SAME = frozenset(
     {f"method.{f.name}" for f in fields(Target)} - {"method.rank_pattern", "method.alpha_pattern"}
-    | {"train.task", "train.max_length", "train.checkpointing"}
+    | {"train.task", "train.max_length", "train.checkpointing", "train.cache_prefix"}
 )
 
 

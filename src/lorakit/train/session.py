@@ -41,6 +41,7 @@ from .learned import require_learned
 from .loop import Job, State, fit, restore
 from .measure import free_memory
 from .need import adapted, choose
+from .prefix import advice, kept_prefix
 from .progress import Progress
 from .records import Records
 from .run_directory import RunDirectory
@@ -135,6 +136,7 @@ class Session:
         self._attach(found)
         before = State(**found.state["state"]) if found else State()
         job = self._job(self._open.enter_context(closing(self._records(before))))
+        self._keep_prefix(job)
         if not found:
             return job, before
         state = restore(job, found.tensors, found.state)
@@ -295,6 +297,14 @@ class Session:
             return Team()
         self.say(f"rows of a micro-batch are shared by up to {count} threads")
         return Team(count)
+
+    def _keep_prefix(self, job: Job) -> None:
+        """Let the blocks below the lowest adapter run once for each row, if that is asked for; else say that they could."""
+        alone = not self.beside  # runs that train together are not shared out
+        if self.config.train.cache_prefix:
+            self.say(self._open.enter_context(kept_prefix(job, job.team.count if alone else 1)).words)
+        elif alone and (text := advice(job)):
+            self.say(text)
 
     def _diagnostics(self, optimizer: torch.optim.Optimizer, factors: Sequence[Factors]) -> Diagnostics:
         """Watch the run, if that is asked for."""

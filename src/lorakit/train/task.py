@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..data.collate import collate_classification, collate_packed, collate_padded
 from ..data.dataset import IGNORED, Example
 from ..models.fast import ORDINARY, Fast, summed
+from ..models.prefix import Prefix
 
 
 class Task(Protocol):
@@ -35,11 +36,15 @@ class Task(Protocol):
 
 
 class LanguageModelling:
-    """Next-token prediction on the tokens whose label is not -100 (sft, completion). `fast`: how the model runs, if packed."""
+    """Next-token prediction on the tokens whose label is not -100 (sft, completion). `fast`: how the model runs, if packed.
+
+    `prefix`: what the blocks below the lowest adapter give for the rows of training, while a run keeps it.
+    """
 
     def __init__(self, vocabulary: float, pad_id: int, *, packed: bool, fast: Fast = ORDINARY) -> None:
         self.worst = float(torch.tensor(vocabulary).log())
         self.pad_id, self.packed, self.fast = pad_id, packed, fast
+        self.prefix: Prefix | None = None
 
     def weight(self, example: Example) -> int:
         """Count the trained tokens."""
@@ -60,11 +65,15 @@ class LanguageModelling:
     def losses(self, model: nn.Module, groups: Sequence[Sequence[Example]]) -> list[Tensor]:
         """Give the summed loss of each group of rows, all packed into one row of tokens, group after group."""
         device = next(model.parameters()).device
-        inputs, lengths = collate_packed([row for rows in groups for row in rows])
+        rows = [row for group in groups for row in group]
+        inputs, lengths = collate_packed(rows)
         inputs = {key: value.to(device) for key, value in inputs.items()}
         labels = inputs.pop("labels")[0]
         before = (labels[1:] != IGNORED).nonzero().flatten()  # positions that predict a trained token
-        each = self.fast.row_losses(cast(Any, model), inputs, before, labels[before + 1], lengths=lengths)
+        how: dict[str, Any] = {"lengths": lengths}
+        if self.prefix is not None and model.training:  # evaluations see the whole model run, on rows of their own
+            how["prefix"] = self.prefix.of(cast(Any, model), [row.input_ids for row in rows])
+        each = self.fast.row_losses(cast(Any, model), inputs, before, labels[before + 1], **how)
         return [own.sum() for own in each.split([predicted(rows) for rows in groups])]
 
     def measures(self, loss: float, accuracy: float) -> dict[str, float]:
