@@ -22,6 +22,7 @@ from lorakit.train.config_file import loads
 from lorakit.train.diagnostics import Nothing
 from lorakit.train.progress import Progress
 from lorakit.train.run import RunResult, run
+from lorakit.train.shares import Team
 from lorakit.train.steps import Window
 from lorakit.train.stop import Interrupted
 from lorakit.train.task import LanguageModelling
@@ -56,7 +57,9 @@ def job(**options: Any) -> loop.Job:
         model=model, adapter="default", task=Squares(), examples=[Example([], [], i, "") for i in range(ROWS)], clip=None, seed=0,
         optimizer=OPTIMIZERS["flora"](parameter_groups(model, "default", settings), settings), stop=None,
         controller=SimpleNamespace(penalty=lambda: None, after_update=lambda *_: None), directory=Path("nowhere"), diagnostics=Nothing(),
+        team=Team(),
     )  # fmt: skip
+    around.parameters = [p for group in around.optimizer.param_groups for p in group["params"]]
     return around
 
 
