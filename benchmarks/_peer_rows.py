@@ -97,7 +97,8 @@ def step_row(
         peer: abs(losses["lorakit"][0] / losses[peer][0] - 1) for peer in peers
     }  # gradients are compared by `lorakit bench`, which also knows the float32 ones
     agreement = {"loss_off": off, "within": within, "agrees": all(value <= within for value in off.values())}
-    return {"work": asdict(work), "lines": lines, "agreement": agreement, "losses": losses, "raw": results}
+    said = {**asdict(work), "model": Path(work.model).name}  # not where it lies on this machine
+    return {"work": said, "lines": lines, "agreement": agreement, "losses": losses, "raw": results}
 
 
 FIGURES: dict[str, Callable[[Work, dict[str, Any]], list[float]]] = {
