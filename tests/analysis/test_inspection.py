@@ -36,14 +36,19 @@ class Toy(nn.Module):
         )
 
 
+def write_base(model: nn.Module, directory: Path) -> None:
+    """Write a model's weights as a base is found on disk."""
+    directory.mkdir()
+    save_file({k: v.clone() for k, v in model.state_dict().items()}, directory / "model.safetensors")
+    (directory / "config.json").write_text("{}")
+
+
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
     """A LoRA on six layers, one of them untrained, and the base beside it."""
     torch.manual_seed(0)
     model = Toy()
-    (tmp_path / "base").mkdir()
-    save_file({k: v.clone() for k, v in model.state_dict().items()}, tmp_path / "base" / "model.safetensors")
-    (tmp_path / "base" / "config.json").write_text("{}")
+    write_base(model, tmp_path / "base")
     lk.attach(model, lk.LoRA(r=4, alpha=10, rank_stabilized=True), target_modules=list(NAMES))
     for path, _, one in lk.adapters(model):
         if path != "layers.1.q_proj":
@@ -165,9 +170,7 @@ def test_what_weight_decay_left_is_read_from_the_run(adapter: Path) -> None:
 def test_methods_without_factors_of_the_change(method: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Toy()
-    (tmp_path / "base").mkdir()
-    save_file({k: v.clone() for k, v in model.state_dict().items()}, tmp_path / "base" / "model.safetensors")
-    (tmp_path / "base" / "config.json").write_text("{}")
+    write_base(model, tmp_path / "base")
     lk.attach(model, lk.METHODS[method](), target_modules=["q_proj"])
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -191,9 +194,7 @@ def test_methods_without_factors_of_the_change(method: str, tmp_path: Path) -> N
 def test_of_dora_the_norm_is_that_of_the_change_or_said_not_to_be(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Toy()
-    (tmp_path / "base").mkdir()
-    save_file({k: v.clone() for k, v in model.state_dict().items()}, tmp_path / "base" / "model.safetensors")
-    (tmp_path / "base" / "config.json").write_text("{}")
+    write_base(model, tmp_path / "base")
     lk.attach(model, lk.METHODS["dora"](r=4), target_modules=["q_proj"])
     for parameter in model.parameters():
         if parameter.requires_grad:

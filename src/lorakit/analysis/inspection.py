@@ -2,8 +2,7 @@
 
 import math
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import LorakitError
+from ..core.threads import threads
 from ..interop.peft_config import MOVES_THE_BASE
 from ..interop.read import TensorInfo
 from ..theory import gauge, measures, nulls
@@ -113,7 +113,8 @@ def inspect_adapter(
     try:
         adapter = load_adapter(directory, base.layer if base else None)
         stored = _stored(header)
-        with _threads(torch.get_num_threads() if intruders else 1):
+        # Factors are small: more than one thread gain nothing, and wait for each other on busy cores.
+        with threads(torch.get_num_threads() if intruders else 1):
             modules = tuple(_measured(adapter, stored, base, intruders))
     except LorakitError as error:
         more = "; ".join(part for part in (error.why, error.fix) if part)
@@ -128,17 +129,6 @@ def inspect_adapter(
         (*adapter.notes, *_saved_in_full(adapter)),
         time.perf_counter() - start,
     )
-
-
-@contextmanager
-def _threads(count: int) -> Generator[None]:
-    """Compute with so many threads. Factors are small: more than one gain nothing, and wait for each other on busy cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _measured(

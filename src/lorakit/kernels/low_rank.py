@@ -4,9 +4,9 @@
     y_i = h W_i^T + s_i (drop(h) A_i^T) B_i^T + b_i         W_i: (out_i, in) frozen   A_i: (r_i, in)   B_i: (out_i, r_i)
     y_1 + residual, if there is one
 
-What it saves for the backward pass is `inputs`, which are the caller's anyway, and s h A^T (rows, sum of r). h, casts of the
-factors, dequantized weights and dropout masks (from the generator's state) are made again. The A of layers that share their input are one
-matrix, so h is read once by one product; d h A is computed once for dA and dh. Backward, with dy_i:
+What it saves for the backward pass is `inputs`, which are the caller's anyway, s h A^T (rows, sum of r) and the factors in the
+dtype of h. h, dequantized weights and dropout masks (from the generator's state) are made again. The A of layers that share their
+input are one matrix, so h is read once by one product; d h A is computed once for dA and dh. Backward, with dy_i:
 
     g_i = s_i dy_i B_i    dB_i = dy_i^T (s_i drop(h) A_i^T)    dA_i = g_i^T drop(h)    dh = sum_i dy_i W_i + drop'(g_i A_i)
 

@@ -177,6 +177,14 @@ class FastBlock(nn.Module):
         return Parts(*cast(list[list[Projection]], found))
 
 
+def draws(module: nn.Module) -> bool:
+    """Whether anything in a module is dropped at random in training."""
+    return any(
+        (isinstance(m, nn.Dropout) and m.p) or (isinstance(m, FastBlock) and m.self_attn.attention_dropout)
+        for m in module.modules()
+    )
+
+
 def _trains(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call is one of training: no cache, nothing to be recorded, everything by name as transformers' models do."""
     return not args and kwargs.get("past_key_values") is None and not kwargs.get("output_attentions") and applies(x)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..core.projection import projection
 from ..kernels import cross_entropy
 from ..kernels.low_rank import plain
-from .blocks import FastBlock, swap, swap_back
+from .blocks import FastBlock, draws, swap, swap_back
 from .modes import evaluating
 
 if TYPE_CHECKING:
@@ -113,10 +113,7 @@ def presumed(model: "PreTrainedModel") -> Fast:
 def _found(model: "PreTrainedModel", blocks: list[FastBlock], head: bool) -> Fast:
     layers = cast(Any, model.config.get_text_config()).num_hidden_layers
     fused = sum(block.parts() is not None for block in blocks)  # none with an adapter of another form, or in 8 bits
-    draws = any(block.self_attn.attention_dropout for block in blocks) or any(
-        isinstance(module, nn.Dropout) and module.p for module in model.modules()
-    )
-    separable = head and fused == layers and not draws and model.device.type in ("cpu", "meta")
+    separable = head and fused == layers and not draws(model) and model.device.type in ("cpu", "meta")
     return Fast(fused, layers, head, head and len(blocks) == layers, separable)
 
 

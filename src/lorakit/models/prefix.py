@@ -17,8 +17,7 @@ import os
 import shutil
 import tempfile
 from array import array
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -30,7 +29,8 @@ from torch import Tensor, nn
 from ..core.attach import Adapted, disabled
 from ..core.errors import ResourceError, UsageError
 from ..core.files import disk_errors
-from .blocks import FastBlock
+from ..core.threads import threads
+from .blocks import FastBlock, draws
 from .fast import probe_tokens
 from .modes import evaluating
 
@@ -84,7 +84,7 @@ def frozen_blocks(model: "PreTrainedModel") -> int:
             "its lowest block, or what comes before it, is adapted or trained: what leaves it changes with every step",
             "adapt the upper layers only, e.g. method.last_n_layers: 12",
         )
-    if any(map(_draws, blocks[:depth])):
+    if any(map(draws, blocks[:depth])):
         raise _refusal(
             "the blocks below the lowest adapter have dropout of their own, so what leaves them is never the same twice",
             "set its dropout to 0 (attention_dropout in its config.json)",
@@ -110,11 +110,6 @@ def _below_what_changes(model: nn.Module) -> int:
         if isinstance(module, Adapted) or any(p.requires_grad for p in module.parameters(recurse=False)):
             break
     return max(begun - 1, 0)
-
-
-def _draws(block: FastBlock) -> bool:
-    dropped = any(isinstance(module, nn.Dropout) and module.p for module in block.modules())
-    return bool(dropped or block.self_attn.attention_dropout)
 
 
 @dataclass(eq=False)
@@ -236,8 +231,11 @@ def _tokens(key: bytes) -> array:
     return array("i", key)
 
 
-def _states(model: "PreTrainedModel", depth: int, rows: Sequence[Sequence[int]], threads: int) -> Tensor:
-    """Run the blocks below `depth` on packed rows as training does, that is with gradients on, of which there are none."""
+def _states(model: "PreTrainedModel", depth: int, rows: Sequence[Sequence[int]], count: int) -> Tensor:
+    """Run the blocks below `depth` on packed rows, by operations of `count` threads.
+
+    As training does, that is with gradients on, of which there are none.
+    """
     lengths = [len(row) for row in rows]
     tokens = {
         "input_ids": [token for row in rows for token in row],
@@ -245,22 +243,9 @@ def _states(model: "PreTrainedModel", depth: int, rows: Sequence[Sequence[int]],
     }
     inputs = {name: torch.tensor([values], device=model.device) for name, values in tokens.items()}
     taken = Taken(depth)
-    with torch.enable_grad(), _by(threads):
+    with torch.enable_grad(), threads(count):
         cast(Any, model).base_model(**inputs, lengths=lengths, prefix=taken, use_cache=False)
     return cast(Tensor, taken.hidden)[0]
-
-
-@contextmanager
-def _by(threads: int) -> Generator[None]:
-    """Let this thread's operations be done by so many threads: how they divide a product decides how it is rounded."""
-    before = torch.get_num_threads()
-    if before != threads:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        if before != threads:
-            torch.set_num_threads(before)
 
 
 @torch.no_grad()

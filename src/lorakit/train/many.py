@@ -216,9 +216,8 @@ def _train(sessions: list[Session], stop: StopRequest) -> Results:
     _check_draws_nothing(model, sessions[0])
     with together(model, list(runs)) as current:
         for run in runs.values():  # attaching one has frozen the others
-            for group in run.job.optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.requires_grad_(True)
+            for parameter in run.job.parameters:
+                parameter.requires_grad_(True)
         return _drive(model, runs, current, stop)
 
 

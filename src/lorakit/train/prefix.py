@@ -4,12 +4,10 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import torch
-
 from ..core.errors import UsageError
 from ..models.prefix import KEY, Prefix, below, frozen_blocks
 from .loop import Job
-from .shares import share_out
+from .shares import share_out, threads_each
 from .task import LanguageModelling
 
 
@@ -48,7 +46,7 @@ def _expect(prefix: Prefix, job: Job, shares: int) -> None:
             rows = [job.examples[i].input_ids for i in batch]
             parts = share_out([len(row) for row in rows], shares)
             for part in parts:
-                prefix.expect([rows[i] for i in part], max(1, torch.get_num_threads() // len(parts)))
+                prefix.expect([rows[i] for i in part], threads_each(len(parts)))
 
 
 def advice(job: Job) -> str | None:

@@ -10,14 +10,15 @@ the number of threads alone, and the sum has one order, so a run is the same bit
 Only where nothing in the model remembers a pass or draws random numbers (`Fast.separable`), on a processor.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from contextvars import copy_context
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from ..core.threads import threads
 
 Row = TypeVar("Row")
 Part = tuple[float, tuple[Tensor | None, ...]]
@@ -42,6 +43,11 @@ def share_out(lengths: Sequence[int], count: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
+def threads_each(shares: int) -> int:
+    """Give the number of threads for the operations of each share."""
+    return max(1, torch.get_num_threads() // shares)
+
+
 class Team:
     """Threads that stay, so that what torch keeps for each is made once. count: with the caller's own."""
 
@@ -58,17 +64,18 @@ class Team:
     ) -> float:
         """Add the gradient of `loss` / weight, summed over the shares, to the parameters' own; give the sum of `loss`."""
         if self._pool is None or len(shares) == 1:
-            losses = [loss(share) for share in shares]
-            torch.stack(losses).sum().div(weight).backward()
-            return sum(float(own.detach()) for own in losses)
-        trained, each = [p for p in parameters if p.requires_grad], max(1, torch.get_num_threads() // len(shares))
+            (whole,) = shares
+            own = loss(whole)
+            (own / weight).backward()
+            return float(own.detach())
+        trained, each = [p for p in parameters if p.requires_grad], threads_each(len(shares))
 
         def differentiate(share: Sequence[Row]) -> Part:
             torch.set_num_threads(each)  # of the operations that this thread asks for
             own = loss(share)
             return float(own.detach()), torch.autograd.grad(own / weight, trained, allow_unused=True)
 
-        with _threads_kept():
+        with threads(each):
             others: list[Future[Part]] = [
                 self._pool.submit(copy_context().run, differentiate, share) for share in shares[1:]
             ]
@@ -79,15 +86,6 @@ class Team:
             results = [first, *(other.result() for other in others)]
         _add(trained, [gradients for _, gradients in results])
         return sum(own for own, _ in results)
-
-
-@contextmanager
-def _threads_kept() -> Generator[None]:
-    before = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @torch.no_grad()
