@@ -32,20 +32,12 @@ from ..core.target import Target, saved_modules, sites
 from ..core.weight import shape_of
 from .keys import PREFIX, SHARED_PREFIX, config_in_file, file_tensors, fill, spelled_for_peft
 from .peft_config import check_side, read_config, write_config
-from .read import FLOATS, TensorInfo, read_header, read_json, read_tensors, regular_file, shown, some
+from .read import DTYPES, FLOATS, TensorInfo, read_header, read_json, read_tensors, regular_file, shown, some
 
 CONFIG, WEIGHTS, SIDE = "adapter_config.json", "adapter_model.safetensors", "lorakit.json"
 PICKLE = "adapter_model.bin"
 FORMAT = 1
 BASE_WEIGHT = ".base_layer.weight"
-INTEGERS = {
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 class Tokenizer(Protocol):
@@ -274,7 +266,7 @@ def _check_tensors(header: Mapping[str, TensorInfo], expected: Mapping[str, Tens
 
 def _may_hold(dtype: str, expected: Tensor) -> bool:
     """Whether a tensor of the file can become this one: floats from floats, a buffer of integers from the same kind."""
-    return dtype in FLOATS if expected.is_floating_point() else INTEGERS.get(dtype) is expected.dtype
+    return dtype in FLOATS if expected.is_floating_point() else DTYPES[dtype] is expected.dtype
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:

@@ -82,7 +82,10 @@ def file_tensors(path: str, layer: nn.Module, adapter: nn.Module) -> Iterator[tu
 
 
 def fill(path: str, layer: Adapted, adapter: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy an adapter's tensors from the file's. Every key of `file_tensors` must be there, in its shape."""
+    """Give an adapter its tensors from the file's. Every key of `file_tensors` must be there, in its shape.
+
+    What has the right dtype and device already is taken over and not copied: `tensors` must be nobody else's.
+    """
     if isinstance(adapter, Replacement):
         adapter.copy.load_state_dict({n: tensors[f"{PREFIX}{path}.{n}"] for n in adapter.copy.state_dict()})
         return
@@ -93,10 +96,17 @@ def fill(path: str, layer: Adapted, adapter: nn.Module, tensors: Mapping[str, Te
         return
     for name, own in adapter.state_dict(keep_vars=True).items():
         spelled = _spell(layer, form.tensors[name], own)[0] if form and name in form.tensors else name
-        with torch.no_grad():
-            own.copy_(tensors[f"{PREFIX}{path}.{spelled}"].reshape(own.shape))
+        _take(own, tensors[f"{PREFIX}{path}.{spelled}"].reshape(own.shape))
     for name, own in cast(AbstractAdapter, adapter).shared_tensors().items():
         own.copy_(tensors[f"{SHARED_PREFIX}{name}"])
+
+
+def _take(own: Tensor, tensor: Tensor) -> None:
+    if own.dtype == tensor.dtype and own.device == tensor.device:
+        own.data = tensor
+    else:
+        with torch.no_grad():
+            own.copy_(tensor)
 
 
 def spelled_for_peft(adapter: AbstractAdapter) -> bool:

@@ -48,6 +48,16 @@ def scaling(r: int, alpha: float, stabilized: bool) -> Tensor:
     return torch.tensor(alpha / (math.sqrt(r) if stabilized else r))
 
 
+_NONE = nn.Identity()
+"""Stands in every adapter without dropout: a model has thousands of them, and each module of its own makes every look through
+the model longer."""
+
+
+def dropout(p: float) -> nn.Module:
+    """Give the module that drops a share p of the entries while training."""
+    return nn.Dropout(p) if p else _NONE
+
+
 def factors(shape: Shape, r: int) -> tuple[nn.Parameter, nn.Parameter]:
     """Make A (r, in) and B (out, r), not yet filled."""
     return nn.Parameter(torch.empty(r, shape.in_features)), nn.Parameter(torch.empty(shape.out_features, r))

@@ -25,7 +25,7 @@ from ..core.adapter import AdditiveAdapter, Base, PeftFormat, Shape
 from ..core.errors import UsageError
 from ..core.statistics import Statistics
 from ..kernels.low_rank import LowRank
-from ._factors import alpha_or_default, check
+from ._factors import alpha_or_default, check, dropout
 
 START_STD = 0.02
 
@@ -108,7 +108,7 @@ class AdaLoRAAdapter(AdditiveAdapter):
         self.lora_A = nn.Parameter(torch.empty(config.r, shape.in_features))
         self.lora_E = nn.Parameter(torch.empty(config.r, 1))
         self.lora_B = nn.Parameter(torch.empty(shape.out_features, config.r))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = dropout(config.dropout)
         self.register_buffer("scale", torch.tensor(config.alpha), persistent=False)
         self.register_buffer("ranknum", torch.tensor(float(config.init_r)), persistent=False)
         self.register_buffer("kept", torch.ones(config.r, dtype=torch.bool), persistent=False)

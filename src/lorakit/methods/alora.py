@@ -27,13 +27,13 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.adapter import AbstractAdapter, Base, PeftFormat, Shape
 from ..core.errors import UsageError
 from ..core.statistics import Statistics
 from ..core.tokens import Tokens, Watcher
-from ._factors import alpha_or_default, check, check_starts_at_zero, factors, scaling, start
+from ._factors import alpha_or_default, check, check_starts_at_zero, dropout, factors, scaling, start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +169,7 @@ class ALoRAAdapter(AbstractAdapter):
         super().__init__()
         self.config, self.gate = config, gate
         self.lora_A, self.lora_B = factors(shape, config.r)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = dropout(config.dropout)
         scale = scaling(config.r, alpha_or_default(config.r, config.alpha), config.rank_stabilized)
         self.register_buffer("scale", scale, persistent=False)
 

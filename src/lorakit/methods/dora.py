@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ..core.adapter import AbstractAdapter, Base, PeftFormat, Shape
 from ..core.statistics import Statistics
 from ..kernels.low_rank import LowRank
-from ._factors import alpha_or_default, check, check_starts_at_zero, factors, scaling, start
+from ._factors import alpha_or_default, check, check_starts_at_zero, dropout, factors, scaling, start
 
 AT_ONCE = 1 << 22
 """Entries of W whose squares are summed at once: torch converts a bf16 W to the dtype of the sum before, on a CPU."""
@@ -84,7 +84,7 @@ class DoRAAdapter(AbstractAdapter):
         self.config, self.one_hot = config, shape.one_hot
         self.lora_A, self.lora_B = factors(shape, config.r)
         self.magnitude = nn.Parameter(torch.empty(shape.out_features))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = dropout(config.dropout)
         scale = scaling(config.r, alpha_or_default(config.r, config.alpha), config.rank_stabilized)
         self.register_buffer("scale", scale, persistent=False)
 

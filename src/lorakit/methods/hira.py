@@ -21,12 +21,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.adapter import AbstractAdapter, Base, PeftFormat, Shape
 from ..core.statistics import Statistics
 from ._dense import recomputed
-from ._factors import check, factors, start
+from ._factors import check, dropout, factors, start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class HiRAAdapter(AbstractAdapter):
         super().__init__()
         self.config, self.one_hot = config, shape.one_hot
         self.hira_A, self.hira_B = factors(shape, config.r)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = dropout(config.dropout)
 
     def start(self, base: Base, statistics: Statistics | None = None) -> None:
         """Fill A Kaiming-uniform and B with zero."""

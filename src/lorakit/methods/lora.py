@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.adapter import AdditiveAdapter, Base, PeftFormat, Shape
 from ..core.chain import Chain
 from ..core.statistics import Statistics
 from ..kernels.low_rank import LowRank
-from ._factors import alpha_or_default, check, factors, scaling, start, starts_off_zero
+from ._factors import alpha_or_default, check, dropout, factors, scaling, start, starts_off_zero
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class LoRAAdapter(AdditiveAdapter):
         super().__init__()
         self.config, self.one_hot = config, shape.one_hot
         self.lora_A, self.lora_B = factors(shape, config.r)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = dropout(config.dropout)
         scale = scaling(config.r, alpha_or_default(config.r, config.alpha), config.rank_stabilized)
         self.register_buffer("scale", scale, persistent=False)
 

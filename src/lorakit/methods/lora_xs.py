@@ -28,7 +28,7 @@ from ..core.adapter import AdditiveAdapter, Base, Shape
 from ..core.errors import UsageError
 from ..core.statistics import Statistics
 from ..kernels.low_rank import LowRank
-from ._factors import alpha_or_default, check, factors, scaling
+from ._factors import alpha_or_default, check, dropout, factors, scaling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class LoRAXSAdapter(AdditiveAdapter):
         self.config = config
         self.lora_A, self.lora_B = (factor.requires_grad_(False) for factor in factors(shape, config.r))
         self.lora_R = nn.Parameter(torch.empty(config.r, config.r))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = dropout(config.dropout)
         scale = scaling(config.r, alpha_or_default(config.r, config.alpha), stabilized=False)
         self.register_buffer("scale", scale, persistent=False)
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from ..core.adapter import AbstractAdapter, AdditiveAdapter, Base, PeftFormat, Shape
 from ..core.errors import UsageError
 from ..core.statistics import Statistics
+from ._factors import dropout
 
 VARIANTS = ("standard", "bat", "mini")
 
@@ -95,7 +96,7 @@ class MiSSAdapter(AdditiveAdapter):
         self.config, self.shape = config, shape
         width = config.mini_r if config.variant == "mini" else shape.out_features
         self.miss_block = nn.Parameter(torch.empty(config.r, width))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = dropout(config.dropout)
 
     def start(self, base: Base, statistics: Statistics | None = None) -> None:
         """Start at the base layer: D zero."""

@@ -34,7 +34,7 @@ from ..core.adapter import AbstractAdapter, Base, Shape
 from ..core.errors import UsageError
 from ..core.statistics import Statistics
 from ._experts import channel_dim, mix_experts
-from ._factors import alpha_or_default, check, scaling, start, starts_off_zero
+from ._factors import alpha_or_default, check, dropout, scaling, start, starts_off_zero
 
 ROUTER_STD = 0.02
 
@@ -101,7 +101,7 @@ class MoLoRAAdapter(AbstractAdapter):
         self.router = nn.Parameter(torch.empty(n, shape.in_features))
         self.lora_A = nn.Parameter(torch.empty(n, r, shape.in_features))
         self.lora_B = nn.Parameter(torch.empty(n, shape.out_features, r))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = dropout(config.dropout)
         scale = scaling(r, alpha_or_default(r, config.alpha), config.rank_stabilized)
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("balance", torch.tensor(0.0), persistent=False)

@@ -32,7 +32,7 @@ from ..core.adapter import AdditiveAdapter, Base, Shape
 from ..core.errors import UsageError
 from ..core.statistics import Statistics
 from ._dense import recomputed
-from ._factors import check
+from ._factors import check, dropout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class MoRAAdapter(AdditiveAdapter):
         super().__init__()
         self.config, self.shape, self.k = config, shape, config.side(shape)
         self.mora_M = nn.Parameter(torch.empty(self.k, self.k))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = dropout(config.dropout)
         self.groups = -(-shape.in_features // self.k)
         if config.variant == "rotation":
             self.groups = min(self.groups, -(-shape.out_features // self.k))

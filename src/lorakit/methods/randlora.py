@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from ..core.adapter import AdditiveAdapter, Base, PeftFormat, Shape
 from ..core.errors import UsageError
 from ..core.statistics import Statistics
-from ._factors import check, check_seed
+from ._factors import check, check_seed, dropout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +163,7 @@ class RandLoRAAdapter(AdditiveAdapter):
         n = -(-smaller // config.r)
         self.randlora_lambda = nn.Parameter(torch.empty(config.r, n))
         self.randlora_gamma = nn.Parameter(torch.empty(n, smaller))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = dropout(config.dropout)
         self.register_buffer("scale", torch.tensor(config.randlora_alpha / config.r), persistent=False)
 
     def start(self, base: Base, statistics: Statistics | None = None) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..core.adapter import AdditiveAdapter, Base, PeftFormat, Shape
 from ..core.errors import UsageError
 from ..core.statistics import Statistics
-from ._factors import check, check_seed
+from ._factors import check, check_seed, dropout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ class VeRAAdapter(AdditiveAdapter):
         self.config, self.shape, self.pair = config, shape, pair
         self.vera_lambda_b = nn.Parameter(torch.empty(shape.out_features))
         self.vera_lambda_d = nn.Parameter(torch.empty(config.r))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = dropout(config.dropout)
 
     def start(self, base: Base, statistics: Statistics | None = None) -> None:
         """Start at the base layer: b zero."""
