@@ -138,7 +138,7 @@ def synthetic(work: Path) -> Study:
             "undertrained": {
                 "train.max_steps": 12,
                 "train.save_steps": 6,
-                "train.eval_steps": 12,
+                "train.eval_steps": 6,
                 "train.diagnose_steps": 4,
             },
         },
@@ -198,10 +198,10 @@ def e2e(work: Path, data: Path, model: str) -> Study:
             "train.diagnose_steps": 8,
         },
         runs={
-            "good": {"train.eval_steps": 32},
-            "too hot": {"optim.lr": 3e-2, "train.eval_steps": 32},
+            "good": {"train.eval_steps": 16},
+            "too hot": {"optim.lr": 1e-2, "train.eval_steps": 16},
             "overfit": {"data.path": "few", "optim.lr": 2e-3, "train.eval_steps": 16},
-            "undertrained": {"train.max_steps": 6, "train.eval_steps": 6, "train.diagnose_steps": 2},
+            "undertrained": {"train.max_steps": 6, "train.eval_steps": 3, "train.diagnose_steps": 2},
         },
         ranks=(1, 4, 16),
         probe_rows=16,

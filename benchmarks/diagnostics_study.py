@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from _common import RESULTS, environment, measured_with, table, write_json
 from _study_tasks import KINDS, Study, e2e, synthetic
@@ -24,15 +24,24 @@ from _study_tasks import KINDS, Study, e2e, synthetic
 NAME = "diagnostics_study"
 EXPECTED: Mapping[str, frozenset[str]] = {
     "good": frozenset(),
-    "too hot": frozenset({"learning_rate_high", "update_large"}),
-    "overfit": frozenset({"overfit"}),
+    "too hot": frozenset({"learning_rate_high", "update_large", "diverged", "too_strong"}),
+    "overfit": frozenset({"overfit", "too_strong"}),
     "undertrained": frozenset({"undertrained"}),
 }
 """One of these a kind of run should be told, and none of the others."""
 
 
-def train(study: Study, work: Path, kind: str, seed: int, rank: int | None = None) -> tuple[Path, list[dict[str, Any]]]:
-    """Train one run; give its directory and its records."""
+class Trained(NamedTuple):
+    """A run: its directory, its records, and whether it stopped as diverged."""
+
+    output: Path
+    records: list[dict[str, Any]]
+    diverged: bool
+
+
+def train(study: Study, work: Path, kind: str, seed: int, rank: int | None = None) -> Trained:
+    """Train one run."""
+    from lorakit.core.errors import DivergenceError
     from lorakit.train.config_file import loads
     from lorakit.train.progress import Progress
     from lorakit.train.run import run
@@ -53,47 +62,70 @@ def train(study: Study, work: Path, kind: str, seed: int, rank: int | None = Non
     if rank is not None:
         settings |= {"method.r": rank, "method.alpha": 2 * rank}
     config, _ = loads("", [f"{key}={json.dumps(value)}" for key, value in settings.items()])
+    diverged = False
     with Progress(0, sys.stderr, live=False, seconds=1e9) as quiet:
         quiet._write = lambda text: None  # type: ignore[method-assign]
-        run(config, overwrite=True, progress=quiet)
-    return output, [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        try:
+            run(config, overwrite=True, progress=quiet)
+        except DivergenceError:
+            diverged = True
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return Trained(output, records, diverged)
 
 
 def one_run(study: Study, work: Path, kind: str, seed: int) -> dict[str, Any]:
     """Train and measure one run."""
+    began = time.perf_counter()
+    output, records, diverged = train(study, work, kind, seed)
+    found = watched(records) | {"kind": kind, "seed": seed}
+    if diverged:  # there is no adapter to measure
+        found["alarms"] = sorted({*found["alarms"], "diverged"})
+    else:
+        found |= measured(study, output)
+    return found | {"seconds": round(time.perf_counter() - began, 1)}
+
+
+def watched(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Give what the run said of itself."""
+    evaluated = [r for r in records if "eval_loss" in r]
+    last = evaluated[-1] if evaluated else {}
+    return {
+        "steps": len([r for r in records if "loss" in r]),
+        "train_loss": [r["loss"] for r in records if "loss" in r][-1],
+        "eval_loss": last.get("eval_loss"),
+        "eval_slope": last.get("eval_slope"),
+        "gain_ratios": [r["gain_ratio"] for r in records if "gain_ratio" in r],
+        "rho": [r["rho"] for r in records if "rho" in r][-1],
+        "rho_step": max(r["rho_step"] for r in records if "rho_step" in r),
+        "bits_per_parameter": last.get("bits_per_parameter"),
+        "curve_exponent": last.get("curve_exponent"),
+        "alarms": sorted({name for r in records for name in r.get("alarms", [])}),
+    }
+
+
+def measured(study: Study, output: Path) -> dict[str, Any]:
+    """Give what the commands say of the adapter."""
     from lorakit.analysis.strength import measure
     from lorakit.analysis.strength_judgements import judged
     from lorakit.cli.held_out import held_out
     from lorakit.cli.opened import open_model
 
-    began = time.perf_counter()
-    output, records = train(study, work, kind, seed)
     opened = open_model(str(output), base=study.model, dtype="float32")
     task, _ = held_out(opened, str(study.valid), None, study.strength_rows)
     retain, _ = held_out(opened, str(study.retain), None, study.strength_rows)
     found = judged(measure(opened.model, "default", task, retain))
     best, kls = found.task.best(), found.task.kls() or {}
-    evaluated = [r for r in records if "eval_loss" in r]
     damage = found.retain.over_base(1.0) if found.retain else None
     return {
-        "kind": kind,
-        "seed": seed,
-        "train_loss": [r["loss"] for r in records if "loss" in r][-1],
-        "eval_loss": evaluated[-1]["eval_loss"],
-        "eval_slope": evaluated[-1]["eval_slope"],
-        "gain_ratios": [r["gain_ratio"] for r in records if "gain_ratio" in r],
-        "rho": [r["rho"] for r in records if "rho" in r][-1],
-        "bits_per_parameter": evaluated[-1]["bits_per_parameter"],
-        "alarms": sorted({name for r in records for name in r.get("alarms", [])}),
         "best_strength": best.json(),
         "slope": found.slope.json(),
+        "elasticity": found.elasticity().json(),
         "mismatch": found.mismatch,
         "gain": found.task.gain(1.0).json(),
         "kl": kls[1.0].json(),
         "forgetting": None if damage is None else damage.json(),
         "judgements": [j.name for j in found.judgements],
         "sharpness": sharp(study, opened, output) if study.sharpness else None,
-        "seconds": round(time.perf_counter() - began, 1),
     }
 
 
@@ -122,7 +154,7 @@ def sharp(study: Study, opened: Any, output: Path) -> float | None:
 def by_rank(study: Study, work: Path, seed: int, rank: int) -> dict[str, Any]:
     """Train the good run with another rank."""
     began = time.perf_counter()
-    _, records = train(study, work, "good", seed, rank)
+    records = train(study, work, "good", seed, rank).records
     loss = [r["eval_loss"] for r in records if "eval_loss" in r][-1]
     return {"seed": seed, "rank": rank, "eval_loss": loss, "seconds": round(time.perf_counter() - began, 1)}
 
@@ -187,7 +219,7 @@ def say(text: str) -> None:
 
 def told(run: Mapping[str, Any]) -> set[str]:
     """Give everything a run was told, by its alarms and after it."""
-    return {*run["alarms"], *run["judgements"]}
+    return {*run["alarms"], *run.get("judgements", ())}
 
 
 def page(results: Mapping[str, Any]) -> str:
@@ -195,8 +227,8 @@ def page(results: Mapping[str, Any]) -> str:
     lines = [
         "# What the diagnostics say of good and of bad runs\n",
         "Made by `benchmarks/diagnostics_study.py`. Four kinds of run on each seed; thresholds are those of `theory/thresholds.py`. "
-        "They were set on other runs, except that of `update large`, which was set on the synthetic part of this study: its hits "
-        "there prove nothing.\n",
+        "They were set on other runs, except those of `update large` and `undertrained`, which were set on the synthetic part of this "
+        "study: their hits there prove nothing.\n",
     ]
     for name in ("synthetic", "smollm2"):
         if name in results:
@@ -242,8 +274,11 @@ def each(runs: Sequence[Mapping[str, Any]]) -> str:
         "train loss",
         "held-out loss",
         "gain ratio, median",
+        "largest step",
+        "curve exponent",
         "dL/dγ",
         "best γ (95 %)",
+        "elasticity",
         "gain",
         "KL",
     ]
@@ -253,22 +288,35 @@ def each(runs: Sequence[Mapping[str, Any]]) -> str:
 
 def _each(r: Mapping[str, Any]) -> list[str]:
     ratios = sorted(q for q in r["gain_ratios"] if q is not None)
-    low, high = r["best_strength"]["ci"]
+
+    def shown(key: str, form: str) -> str:
+        """Give a figure, or a dash where a run that diverged has none."""
+        value = r.get(key)
+        value = value["value"] if isinstance(value, dict) else value
+        return "-" if value is None else format(value, form)
+
+    best = "-"
+    if "best_strength" in r:
+        low, high = r["best_strength"]["ci"]
+        best = f"{shown('best_strength', '.2f')} ({low:.2f} to {high:.2f})"
     return [
         r["kind"],
         str(r["seed"]),
-        f"{r['train_loss']:.3f}",
-        f"{r['eval_loss']:.3f}",
+        shown("train_loss", ".3f"),
+        shown("eval_loss", ".3f"),
         f"{ratios[len(ratios) // 2]:.2f}" if ratios else "-",
-        f"{r['slope']['value']:+.3f}",
-        f"{r['best_strength']['value']:.2f} ({low:.2f} to {high:.2f})",
-        f"{r['gain']['value']:.3f}",
-        f"{r['kl']['value']:.3f}",
-        "-" if r["forgetting"] is None else f"{r['forgetting']['value']:+.3f}",
-        f"{r['rho']:.2g}",
-        "-" if r["sharpness"] is None else f"{r['sharpness']:.2g}",
-        "-" if r["bits_per_parameter"] is None else f"{r['bits_per_parameter']:.2g}",
-        f"{r['mismatch']:.0e}",
+        shown("rho_step", ".2g"),
+        shown("curve_exponent", "+.2f"),
+        shown("slope", "+.3f"),
+        best,
+        shown("elasticity", ".2f"),
+        shown("gain", ".3f"),
+        shown("kl", ".3f"),
+        shown("forgetting", "+.3f"),
+        shown("rho", ".2g"),
+        shown("sharpness", ".2g"),
+        shown("bits_per_parameter", ".2g"),
+        shown("mismatch", ".0e"),
     ]
 
 

@@ -34,7 +34,7 @@ SUBJECTS = (
     "rank svd compression-ratio flops scale-identity coupling first-step random-projection lipschitz pl optimal-rank condition "
     "nuclear-norm generalisation-bounds retention critical-points hessian sharpness gain-ratio noise-scale balance noise-edge "
     "effective-rank heavy-tails gradient-probe strength information-bottleneck description-length rate-distortion lower-rank "
-    "merge-precision numerical-rank subspace-similarity amplification intruders intrinsic-rank gauge"
+    "merge-precision numerical-rank subspace-similarity amplification intruders intrinsic-rank gauge learning-curve"
 ).split()
 
 each = pytest.mark.parametrize("topic", ALL, ids=lambda topic: topic.name)

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -239,15 +240,19 @@ def made(best: float, damage: float | None, noise: float = 0.01, n: int = 60) ->
         lost = Sweep(weights, nll, {g: g * weights for g in grid}, 10 * torch.ones(n, dtype=torch.float64), 0.0)
     model = adapted(lk.LoRA(r=2))
     whole = measure(model, "default", Rows(model, examples(5), 0), None, (0.0, 0.5, 1.0))
-    return judged(Strength(task, lost, whole.slopes, whole.slope, whole.mismatch, ()))
+    steepness = 2 * (1 - best) * float(own.mean())
+    spread = 4 * abs(1 - best) * noise / n**0.5
+    slope = replace(whole.slope, value=steepness, interval=(steepness - spread, steepness + spread))
+    return judged(Strength(task, lost, whole.slopes, slope, whole.mismatch, ()))
 
 
-@pytest.mark.parametrize(("best", "name"), [(0.4, "overfit"), (0.95, "strength_right"), (1.2, "undertrained")])
+@pytest.mark.parametrize(("best", "name"), [(0.4, "too_strong"), (0.95, "strength_right"), (1.2, "undertrained")])
 def test_the_best_strength_decides_between_over_and_undertrained(best: float, name: str) -> None:
     found = made(best, None)
     first = found.judgements[0]
     assert first.name == name
-    assert first.number.value == pytest.approx(best, abs=1e-6)
+    about = 2 * (best - 1) / (2 * best - 1) if name == "undertrained" else best
+    assert first.number.value == pytest.approx(about, rel=1e-6)
     assert first.after
     assert first.refuted_by
 

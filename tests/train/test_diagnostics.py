@@ -1,6 +1,7 @@
 """A run that looks at itself is the same run; what it sees is what a formula or another way to the same number gives."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,7 @@ class Step:
         groups = parameter_groups(self.model, "default", settings)
         self.optimizer = torch.optim.SGD(groups, lr=lr)
         self.task, self.said = Quadratic(), list[str]()
-        own = {"every": 1, "cumulative": True, "say": self.said.append}
+        own = {"every": 1, "last": 8, "cumulative": True, "say": self.said.append}
         self.watch = Watching(self.model, "default", self.task, self.optimizer, groups.factors, **own)
         self.batches = [rows_of(*range(4 * i, 4 * i + 4)) for i in range(batches)]
 
@@ -294,3 +295,28 @@ def test_an_alarm_begins_late_and_ends_late() -> None:
     resumed = Alarms(rules("float32"))
     resumed.restore(json.loads(json.dumps(again.state)))
     assert resumed.look({"gain_ratio": 0.4})
+
+
+def test_more_steps_are_asked_for_at_the_end_of_a_run_whose_held_out_loss_still_falls() -> None:
+    for rate, told in ((0.3, True), (0.02, False)):
+        step, valid = Step(), rows_of(101, 102)
+        exponents = [
+            step.watch.evaluated({"step": t, "eval_loss": 3 * t**-rate}, valid)["curve_exponent"] for t in (2, 4, 8)
+        ]
+        assert math.isnan(exponents[0])
+        assert exponents[1:] == pytest.approx([rate, rate])
+        assert [text for text in step.said if "undertrained" in text] == [t for t in step.said if "step 8" in t]
+        assert ("undertrained" in step.watch.alarms.on) is told
+
+
+def test_too_strong_is_overfit_only_where_the_training_rows_have_the_lower_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for held_out, name in ((1e6, "overfit"), (1e-6, "too_strong")):
+        step = Step()
+        step.go()
+        monkeypatch.setattr(step.watch, "_slope", lambda rows: (0.5, 0.01))
+        record = step.watch.evaluated({"step": 1, "eval_loss": held_out}, rows_of(101, 102))
+        assert record["alarms"] == [name]
+        monkeypatch.setattr(step.watch, "_slope", lambda rows: (0.5, 0.4))  # no more than its noise
+        assert not Step().watch.evaluated({"step": 1, "eval_loss": held_out}, rows_of(101, 102))["alarms"]

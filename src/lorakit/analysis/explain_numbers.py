@@ -145,6 +145,7 @@ RECORDED: Mapping[str, Field] = {
     "train_slope": Field("train_slope", Kind.EXACT, "scale_derivative", 0.0),
     "slope_mismatch": Field("slope_mismatch", Kind.EXACT, "scale_derivative", 0.0),
     "eval_slope": Field("eval_slope", Kind.ESTIMATE, "scale_derivative", 0.0, "eval_slope_se"),
+    "curve_exponent": Field("curve_exponent", Kind.ESTIMATE, "curve_exponent", 0.0),
     "noise_scale": Field("noise_scale", Kind.ESTIMATE, "noise_scale"),
     "A_movement": Field("A_movement", Kind.PARAMETRISATION, "movement", 0.0),
     "decay_survival": Field("decay_survival", Kind.EXACT, "decay_survival", 1.0),

@@ -116,6 +116,13 @@ class Strength:
     judgements: Sequence[Judgement] = ()
     not_measured: Mapping[str, str] = field(default_factory=dict)
 
+    def elasticity(self) -> Number:
+        """Give by what share of itself the gain grows with γ; its interval is that of the slope. NaN without a gain."""
+        gain = self.task.gain(1.0).value
+        low, high = self.slope.interval or (self.slope.value, self.slope.value)
+        value, ends = strength.elasticity(self.slope.value, gain), [strength.elasticity(s, gain) for s in (high, low)]
+        return Number(value, NumberKind.ESTIMATE, "elasticity", 0.0, (ends[0], ends[1]), self.slope.n)
+
 
 def measure(model: nn.Module, name: str, task: Rows, retain: Rows | None, gammas: Sequence[float] = GAMMAS) -> Strength:
     """Measure adapter `name` on held-out rows of its task and on rows that are to be retained.

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from ..theory.judgement import Judgement
 from ..theory.number import Kind
-from ..theory.thresholds import GIVE_UP, OVERFIT_STRENGTH, UNDERTRAINED_STRENGTH
+from ..theory.thresholds import GIVE_UP, OVERFIT_STRENGTH, UNDERTRAINED_ELASTICITY
 from .strength import Strength
 
 
@@ -21,23 +21,31 @@ def _fit(found: Strength) -> Judgement:
     at = f"the best strength on held-out rows is {best.value:.2f} ({low:.2f} to {high:.2f})"
     slope = f"dL/dγ there is {found.slope.value:+.3g}"
     other = "rows that share sources with the training rows, or too few of them: measure on other held-out rows"
-    over, under = best.value < OVERFIT_STRENGTH.value, best.value > UNDERTRAINED_STRENGTH.value
-    if (over or under) and low <= 1 <= high:
+    elastic = found.elasticity()
+    least, most = elastic.interval or (elastic.value, elastic.value)
+    over, under = best.value < OVERFIT_STRENGTH.value, elastic.value > UNDERTRAINED_ELASTICITY.value
+    if (over and low <= 1 <= high) or (under and least <= 0 <= most):
         statement = f"these rows cannot tell whether it is too strong or too weak: {at}; {slope}"
         return Judgement("undecided", statement, rule, "more held-out rows", "measure on more rows: --rows")
     if over:
         sure = "" if high < OVERFIT_STRENGTH.value else "probably "
         action = (
-            "train shorter or on more rows (eval.load_best, eval.patience), or take the weaker adapter: --output DIR"
+            "if the training loss is below the held-out one it is overfitted: train shorter or on more rows (eval.load_best, "
+            "eval.patience); if not, lower optim.lr or alpha. Or take the weaker adapter: --output DIR"
         )
-        return Judgement("overfit", f"{sure}overfitted: {at}; {slope}", rule, other, action)
+        return Judgement("too_strong", f"{sure}too strong: {at}; {slope}", rule, other, action)
     if under:
-        sure = "" if low > UNDERTRAINED_STRENGTH.value else "probably "
+        sure = "" if least > UNDERTRAINED_ELASTICITY.value else "probably "
+        more = f"a strength larger by 1 % would bring {elastic.value:.2f} % more gain ({least:.2f} to {most:.2f})"
         action = "train longer or at a higher optim.lr; a stronger adapter (--output DIR) is the smaller part of it"
         refuted = "a longer run whose held-out loss is no lower"
-        return Judgement("undertrained", f"{sure}undertrained: {at}; {slope}", rule, refuted, action)
-    action = "keep it as it is; this says nothing about a learning rate that was too high: look at the gain ratio"
-    return Judgement("strength_right", f"neither over- nor undertrained: {at}", rule, other, action)
+        grows = replace(elastic, kind=Kind.HEURISTIC)
+        return Judgement("undertrained", f"{sure}undertrained: {more}; {slope}", grows, refuted, action)
+    action = (
+        "keep it as it is; whether the learning rate was right and whether more steps would help, train.diagnose says: gain "
+        "ratio, learning curve"
+    )
+    return Judgement("strength_right", f"neither too strong nor too weak: {at}", rule, other, action)
 
 
 def _worth(found: Strength) -> Iterator[Judgement]:

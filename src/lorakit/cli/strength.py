@@ -68,6 +68,7 @@ def as_dict(found: "Strength") -> dict[str, Any]:
         "rows": len(found.task.weights),
         "best_strength": found.task.best().json(),
         "slope": found.slope.json(),
+        "elasticity": found.elasticity().json(),
         "mismatch": None if math.isnan(found.mismatch) else found.mismatch,
         "task": _sweep(found.task),
         "retain": None if found.retain is None else _sweep(found.retain),

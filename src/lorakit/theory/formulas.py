@@ -125,6 +125,13 @@ FORMULAS: dict[str, Formula] = {
     "loss": Formula("sum of -ln p over the trained tokens, over their number", "interval over rows", "", "T34"),
     "strength_gain": Formula("L(0) - L(γ)", "paired over rows", "", "T34"),
     "best_strength": Formula("least point of the parabola at the lowest of the measured γ", "", "", "T33"),
+    "curve_exponent": Formula(
+        "ln(L(t0) / L(T)) / ln(T / t0), t0 near T / 2",
+        "validation rows; a power law",
+        "Hestness et al. 2017, arXiv 1712.00409",
+        "T36",
+    ),
+    "elasticity": Formula("-dL/dγ / (L(0) - L(1)) at γ = 1", "d ln(gain) / d ln γ, on held-out rows", "", "T35"),
     "relative_update": Formula("||ΔW_{t+1} - ΔW_t||_F / ||W||_F", "", "", "T3"),
     "tokens_per_parameter": Formula("trained tokens / trained numbers", "a rule of thumb", "", "T4"),
     "loaded_delta": Formula("ΔW as the method merges it", "", "", "T31"),

@@ -1,4 +1,4 @@
-"""Two cheap looks at a training step: did the loss fall as much as the gradient promised, and how noisy is the gradient."""
+"""Cheap looks at training: did the loss fall as the gradient promised, how noisy is the gradient, would more steps help."""
 
 import math
 from collections.abc import Sequence
@@ -16,6 +16,20 @@ def gain_ratio(before: float, after: float, slope: float) -> float:
     loss rose. NaN where slope >= 0: with momentum the step may climb this batch. Conn, Gould and Toint, Trust-region methods.
     """
     return (after - before) / slope if slope < 0 else math.nan
+
+
+def curve_exponent(evaluations: Sequence[tuple[int, float]]) -> float:
+    """Give p of loss ~ steps^-p between the last of (step, held-out loss) and the one nearest to half as many steps.
+
+    The same rows at both, so their difficulty cancels. Exact for a power law; 2^p - 1 is what the last doubling of steps took
+    off, of what is left. Negative where the loss rose. NaN without an evaluation at a quarter to three quarters of the steps.
+    """
+    (*earlier, (step, loss)) = evaluations
+    near = [(t, value) for t, value in earlier if step / 4 <= t <= 3 * step / 4]
+    if not near or loss <= 0:
+        return math.nan
+    begun, at_half = min(near, key=lambda e: abs(math.log(2 * e[0] / step)))
+    return math.log(at_half / loss) / math.log(step / begun)
 
 
 class NoiseScale(NamedTuple):

@@ -67,6 +67,8 @@ CHECKS: tuple[Check, ...] = (
     Check("T42", delivery.shared_directions),
     Check("T33", measured.parabola),
     Check("T34", measured.row_intervals),
+    Check("T35", measured.elasticity),
+    Check("T36", dynamics.curve_exponent),
     Check("T50", lessons.rank),
     Check("T51", lessons.smooth),
     Check("T52", lessons.slow_mode),

@@ -27,6 +27,14 @@ def best_strength(gammas: Sequence[float], losses: Sequence[float], most: float 
     return min(max((a + b) / 2 - left / (2 * bend), 0.0), most)
 
 
+def elasticity(slope: float, gain: float) -> float:
+    """Give d ln(gain) / d ln γ at 1, which is -dL/dγ over L(0) - L(1): by what share of itself the gain would grow with γ.
+
+    0 at the best strength, 1 where a gain still grows in proportion to γ, below 0 past the best strength. NaN without a gain.
+    """
+    return -slope / gain if gain > 0 else math.nan
+
+
 def resampled(sums: Tensor, weights: Tensor, draws: int = 1000, seed: int = 0) -> Tensor:
     """Give the means (draws, m) over bootstrap resamples of n rows: sums (n, m) of each row over weights (n,).
 

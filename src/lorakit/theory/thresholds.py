@@ -33,13 +33,20 @@ class Threshold:
 
 
 OVERFIT_STRENGTH = Threshold(0.7, 0.8, f"{_GPT}: best strength 0.25 of the overfit run, 0.9 to 1.0 of the others")
-UNDERTRAINED_STRENGTH = Threshold(
-    1.1,
-    1.05,
-    f"{_GPT}: none of the finished runs was above 1.0; runs of the study that were stopped early reach 1.08 to 1.16, good ones 1.09",
+UNDERTRAINED_ELASTICITY = Threshold(
+    0.1,
+    0.05,
+    "d ln(gain) / d ln γ on held-out rows: 0.14 to 0.33 of the runs on a tiny model that were stopped at a tenth, 0.03 at most of "
+    "the finished ones; the best strength does not tell them apart, 1.08 to 1.16 and 1.02 to 1.09. A sign and no more: on SmolLM2 "
+    "such runs had -0.18",
 )
 OVERFIT_SLOPE = Threshold(0.3, 0.15, f"{_GPT}: held-out dL/dγ 1.73 of the overfit run, -0.04 to 0.11 of the others")
 GAIN_RATIO = Threshold(0.5, 0.65, f"{_GPT}: .98 .95 .95 .89 of the good rates, .56 and .24 of those too high")
+CURVE_EXPONENT = Threshold(
+    0.1,
+    0.07,
+    "p of loss ~ steps^-p at the end of a run: 0.03 at most of the finished runs of the study on a tiny model",
+)
 SHARPNESS = Threshold(
     1.0, 0.8, "a quadratic with momentum, stable at 37.9/lr and diverging at 38.1/lr; arXiv 2207.14484"
 )

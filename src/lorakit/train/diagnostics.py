@@ -28,6 +28,8 @@ from .task import Task
 SLOPE_ROWS, LEAST_ROWS, SLOPE_SHARE = 32, 8, 400
 """Validation rows, evenly spaced, of which an evaluation also takes the gradient: at most the first number, and at most one in
 `SLOPE_SHARE` of the rows trained since the last evaluation, which is what they cost; but at least the second number."""
+RECENT = 0.2
+"""Weight of the last step in the recent training loss."""
 
 FIELDS = {
     "gain_ratio": "what a step lowered the loss of its batch by, over what the gradient promised",
@@ -41,6 +43,7 @@ FIELDS = {
     "decay_survival": "share of a weight that weight decay has left of it",
     "eval_slope": "dL/dγ on validation rows: above 0 a weaker adapter would be better",
     "eval_slope_se": "its standard error over rows",
+    "curve_exponent": "p of loss ~ steps^-p on validation rows, since half as many steps: what more steps would bring",
     "description_bits": "bits that the first visits of the rows wrote into the adapter",
     "bits_per_parameter": "those per trained number",
 }
@@ -127,6 +130,10 @@ class Kept:
     """Whether that is so from the first step on."""
     rows: int = 0
     """Rows trained since the last evaluation."""
+    loss: float | None = None
+    """Of training, recent steps counting most."""
+    evaluations: list[tuple[int, float]] = field(default_factory=list)
+    """(step, loss on validation rows)."""
 
 
 class Watching:
@@ -141,12 +148,16 @@ class Watching:
         factors: Sequence[Factors],
         *,
         every: int,
+        last: int,
         cumulative: bool,
         say: Callable[[str], None],
     ) -> None:
-        """cumulative: gradients add up over micro-batches, rather than the optimizer taking each away. say: tells the user."""
+        """last: the steps of the run. say: tells the user.
+
+        cumulative: gradients add up over micro-batches, rather than the optimizer taking each away.
+        """
         self.model, self.name, self.task, self.optimizer = model, name, task, optimizer
-        self.every, self.cumulative, self.say = every, cumulative, say
+        self.every, self.last, self.cumulative, self.say = every, last, cumulative, say
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.pairs = [f for f in factors if f.A.requires_grad and f.B.requires_grad]
         self.movement = Movement(model, name, self.pairs)
@@ -235,6 +246,8 @@ class Watching:
         if decayed:
             self.kept.log_decay += math.log1p(-decayed[0]["lr"] * decayed[0]["weight_decay"])
         self.kept.rows += self.rows
+        before = record["loss"] if self.kept.loss is None else self.kept.loss
+        self.kept.loss = before + RECENT * (record["loss"] - before)
         if record["epoch"] <= 1:
             self.kept.first_nats += record["loss"] * weight
             self.kept.first_tokens += weight
@@ -248,7 +261,7 @@ class Watching:
         return {k: v for k, v in {**found, **survival}.items() if k in FIELDS} | {"alarms": self.alarms.on}
 
     def evaluated(self, record: Mapping[str, Any], valid: Sequence[Example]) -> dict[str, Any]:
-        """Take the slope on validation rows, and the description length now that a held-out loss is known."""
+        """Take the slope on validation rows, and what follows from a held-out loss: description length, learning curve."""
         found = dict(zip(("eval_slope", "eval_slope_se"), self._slope(valid), strict=True))
         bits = math.nan
         if self.kept.whole:
@@ -257,10 +270,15 @@ class Watching:
             "description_bits": bits,
             "bits_per_parameter": bits / sum(p.numel() for p in self.parameters),
         }
+        self.kept.evaluations.append((record["step"], record["eval_loss"]))
+        found["curve_exponent"] = gain.curve_exponent(self.kept.evaluations)
         sure = found["eval_slope"] > 2 * found["eval_slope_se"]
-        self._tell(
-            record["step"], {**found, "sure_slope": found["eval_slope"] if sure else min(found["eval_slope"], 0.0)}
-        )
+        slope = found["eval_slope"] if sure else min(found["eval_slope"], 0.0)
+        learned = self.kept.loss is not None and self.kept.loss < record["eval_loss"]  # the training rows themselves
+        about = {"overfit_slope" if learned else "strong_slope": slope}
+        if record["step"] == self.last:  # every loss falls fast while the run is young
+            about["last_exponent"] = found["curve_exponent"]
+        self._tell(record["step"], {**found, **about})
         return {**found, "alarms": self.alarms.on}
 
     def _slope(self, valid: Sequence[Example]) -> tuple[float, float]:

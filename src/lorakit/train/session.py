@@ -312,7 +312,7 @@ class Session:
         if not options.diagnose:
             return NotWatching()
         cumulative = not isinstance(optimizer, Accumulating)
-        own = {"every": options.diagnose_steps, "cumulative": cumulative, "say": self.say}
+        own = {"every": options.diagnose_steps, "last": self.steps.total, "cumulative": cumulative, "say": self.say}
         return Watching(self.base.model, self.adapter, self.task, optimizer, factors, **own)
 
     def _controller(self) -> Controller:

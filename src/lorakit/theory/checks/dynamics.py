@@ -206,6 +206,16 @@ def adam_threshold(where: Where) -> Outcome:
     )
 
 
+def curve_exponent(where: Where) -> Outcome:
+    """T36: the exponent of steps^-p is p wherever it was evaluated, that of a flat curve 0, of a rising one negative."""
+    measured = [
+        gain.curve_exponent([(t, 3 * t**-p) for t in steps])
+        for p, steps in ((0.3, (10, 20, 40)), (0.05, (3, 7, 16)), (0.0, (8, 16)), (-0.5, (50, 100)))
+    ]
+    unknown = gain.curve_exponent([(1, 3.0), (90, 2.0), (100, 1.9)])
+    return Outcome((0.3, 0.05, 0.0, -0.5, 1.0), (*measured, float(unknown != unknown)))
+
+
 def gain_ratio(where: Where) -> Outcome:
     """T14: 1/2 at lr = 1/λ on a quadratic, 1 in the limit of small steps, NaN where the step climbs."""
     ratios = []

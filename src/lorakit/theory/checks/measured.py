@@ -14,6 +14,15 @@ def parabola(where: Where) -> Outcome:
     return Outcome((0.3, 0.875, 1.4, 0.0, 1.25), measured)
 
 
+def elasticity(where: Where) -> Outcome:
+    """T35: the gain of γ^k has elasticity k, that of a parabola with its least point at g 2 (g - 1) / (2 g - 1)."""
+    powers = (0.25, 1.0, 2.0)
+    best = (0.8, 1.0, 1.1, 4.0)
+    measured = [strength.elasticity(-k, 1.0) for k in powers]
+    measured += [strength.elasticity(2 * (1 - g), g**2 - (1 - g) ** 2) for g in best]
+    return Outcome((*powers, *(2 * (g - 1) / (2 * g - 1) for g in best)), tuple(measured))
+
+
 def row_intervals(where: Where) -> Outcome:
     """T34: the bootstrap's deviation of a mean over rows is that of the rows over sqrt(n); paired columns differ by nothing."""
     rows = where.randn(400, 1, seed=3)
