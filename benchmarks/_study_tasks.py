@@ -178,6 +178,7 @@ def e2e(work: Path, data: Path, model: str) -> Study:
     """Give E2E rows from the challenge's development file, no meaning representation on both sides."""
     train, valid = split_by_mr(data / "devset.csv", 48)
     general = [{"q": q, "a": a} for q, a in GENERAL]
+    write_rows(work / "held-out.jsonl", chats(valid[1 :: max(1, len(valid) // 64)][:64], "mr", "ref"))
     spaced = [train[i * len(train) // 128] for i in range(128)]
     return Study(
         name="smollm2",

@@ -10,6 +10,7 @@ in the JSON file is not repeated.
 """
 
 import argparse
+import contextlib
 import json
 import sys
 import tempfile
@@ -350,14 +351,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options.add_argument("--model", default="smollm2", help="model of that part")
     options.add_argument("--output", type=Path, default=RESULTS, help="directory of the results")
+    options.add_argument("--keep", type=Path, help="directory for the runs and their data, which then stay")
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     given = options.parse_args(arguments)
     given.output.mkdir(parents=True, exist_ok=True)
     file = given.output / f"{NAME}.json"
     results = json.loads(file.read_text()) if file.exists() else {"environment": environment()}
     for name in ("synthetic", *(["smollm2"] if given.data else [])):
-        with tempfile.TemporaryDirectory() as directory:
-            work = Path(directory)
+        with contextlib.ExitStack() as stack:
+            work = given.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            work.mkdir(parents=True, exist_ok=True)
             study = synthetic(work) if name == "synthetic" else e2e(work, given.data, given.model)
             perform(study, work, given.seeds, results, file)
     (given.output / f"{NAME}.md").write_text(page(results))

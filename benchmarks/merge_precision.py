@@ -1,7 +1,9 @@
 """What the predictions about shipping an adapter are worth: merging into 16 bits, and cutting the rank, predicted and measured.
 
     python benchmarks/merge_precision.py                                     # merging, on the weights of SmolLM2-135M; a minute
-    python benchmarks/merge_precision.py --adapter RUN --data VALID [--calib TRAIN]   # and the loss of a trained adapter
+    python benchmarks/merge_precision.py --adapter RUN ... --data VALID [--calib TRAIN]   # and the loss of trained adapters
+
+RUN, VALID and TRAIN can be those that `diagnostics_study.py --keep DIR` leaves behind: smollm2-good-*, held-out.jsonl, train.jsonl.
 
 Merging: a random change of rank 16 with ||ΔW|| = rho ||W|| on the 7 linear layers of 3 blocks, written as an adapter and read by
 `lorakit merge-check`: what is left after rounding W + ΔW (measured) beside the closed form over the histogram of ulp(W).
@@ -103,6 +105,7 @@ def compressing(adapter: str, data: str, calib: str | None, rows: int) -> Iterat
                 opened.model.eval()
             losses = {key: number.json() for key, number in numbers.items()}
             yield {
+                "adapter": Path(adapter).name,
                 "rank": rank,
                 "of": most,
                 "by": name,
@@ -124,7 +127,7 @@ def merging_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def compressing_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Write the compression part."""
-    head = ("rank", "by", "predicted share of the gain lost", "measured", "95 %", "loss increase")
+    head = ("adapter", "rank", "by", "predicted share of the gain lost", "measured", "95 %", "loss increase")
     lines = []
     for row in rows:
         low, high = row["lost_gain"]["ci"]
@@ -134,7 +137,7 @@ def compressing_table(rows: Sequence[Mapping[str, Any]]) -> str:
             "-" if low is None else f"{low:.3f} to {high:.3f}",
             f"{rise:+.4f}",
         )
-        lines.append((f"{row['rank']} of {row['of']}", row["by"], f"{row['predicted']:.3f}", *measured))
+        lines.append((row["adapter"], f"{row['rank']} of {row['of']}", row["by"], f"{row['predicted']:.3f}", *measured))
     return table(head, lines)
 
 
@@ -179,13 +182,13 @@ def main() -> None:
     """Run what was asked for and write JSON, Markdown and the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help="model whose weights are merged into")
-    parser.add_argument("--adapter", help="a trained adapter or its run, for the second part")
+    parser.add_argument("--adapter", nargs="+", default=[], help="trained adapters or their runs, for the second part")
     parser.add_argument("--data", help="held-out rows for it")
     parser.add_argument("--calib", help="rows to measure the inputs of its layers on")
     parser.add_argument("--rows", type=int, default=128, help="held-out rows, evenly spaced; 0 for all")
     parser.add_argument("--output", type=Path, default=RESULTS, help="directory for the results")
     given = parser.parse_args()
-    if (given.adapter is None) != (given.data is None):
+    if bool(given.adapter) != (given.data is not None):
         parser.error("--adapter and --data belong together")
     where = environment()
     content: dict[str, Any] = {"environment": where, "model": given.model, "merging": merging(given.model)}
@@ -194,8 +197,10 @@ def main() -> None:
         measured_with(where),
         merging_table(content["merging"]),
     ]
-    if given.adapter is not None:
-        content["compressing"] = list(compressing(given.adapter, given.data, given.calib, given.rows))
+    if given.adapter:
+        content["compressing"] = [
+            row for adapter in given.adapter for row in compressing(adapter, given.data, given.calib, given.rows)
+        ]
         parts += [
             "## Cutting the rank: the share of the gain that is lost\n",
             compressing_table(content["compressing"]),
