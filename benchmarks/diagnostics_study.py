@@ -4,8 +4,9 @@
     python benchmarks/diagnostics_study.py --data DIR             # and E2E on SmolLM2 (DIR holds devset.csv), under 25 on two
 
 Four kinds of run on three seeds: good, too hot (a rate 30 times as high), overfit (a few rows, many passes) and undertrained (a
-tenth of the steps). Each is watched while it trains and measured on held-out rows after it. Then the gain of training by rank is
-compared with the share of the gradient that a probe of the base model gives each rank before. Restartable: a run whose result is
+tenth of the steps). Each is watched while it trains and measured on held-out rows after it. Then the good and the undertrained ones
+are run twice as long, which is what "undertrained" promises something of, and the gain of training by rank is compared with
+the share of the gradient that a probe of the base model gives each rank before. Restartable: a run whose result is
 in the JSON file is not repeated.
 """
 
@@ -30,6 +31,8 @@ EXPECTED: Mapping[str, frozenset[str]] = {
     "undertrained": frozenset({"undertrained"}),
 }
 """One of these a kind of run should be told, and none of the others."""
+WORTH = 0.05
+"""Share of the held-out loss by which twice the steps must lower it for them to be called worth it."""
 
 
 class Trained(NamedTuple):
@@ -40,8 +43,8 @@ class Trained(NamedTuple):
     diverged: bool
 
 
-def train(study: Study, work: Path, kind: str, seed: int, rank: int | None = None) -> Trained:
-    """Train one run."""
+def train(study: Study, work: Path, kind: str, seed: int, rank: int | None = None, times: int = 1) -> Trained:
+    """Train one run, `times` as long."""
     from lorakit.core.errors import DivergenceError
     from lorakit.train.config_file import loads
     from lorakit.train.progress import Progress
@@ -49,7 +52,9 @@ def train(study: Study, work: Path, kind: str, seed: int, rank: int | None = Non
 
     changes = dict(study.runs[kind])
     path = study.few if changes.pop("data.path", None) == "few" else study.train
-    output = work / f"{study.name}-{kind.replace(' ', '-')}-{seed}-{rank or 0}"
+    output = work / "-".join(
+        (study.name, *kind.split(), str(seed), *([str(rank)] if rank else []), *["longer"] * (times - 1))
+    )
     settings = {
         "model.name": study.model,
         "data.path": str(path),
@@ -60,6 +65,7 @@ def train(study: Study, work: Path, kind: str, seed: int, rank: int | None = Non
         **changes,
         "output": str(output),
     }
+    settings["train.max_steps"] *= times
     if rank is not None:
         settings |= {"method.r": rank, "method.alpha": 2 * rank}
     config, _ = loads("", [f"{key}={json.dumps(value)}" for key, value in settings.items()])
@@ -160,6 +166,12 @@ def by_rank(study: Study, work: Path, seed: int, rank: int) -> dict[str, Any]:
     return {"seed": seed, "rank": rank, "eval_loss": loss, "seconds": round(time.perf_counter() - began, 1)}
 
 
+def longer(study: Study, work: Path, kind: str, seed: int) -> dict[str, Any]:
+    """Train a run twice as long."""
+    records = train(study, work, kind, seed, times=2).records
+    return {"kind": kind, "seed": seed, "eval_loss": [r["eval_loss"] for r in records if "eval_loss" in r][-1]}
+
+
 def predicted(study: Study) -> dict[str, Any]:
     """Probe the base model, and measure its loss on the validation rows."""
     import torch
@@ -198,6 +210,12 @@ def perform(study: Study, work: Path, seeds: Sequence[int], results: dict[str, A
             if f"{kind} {seed}" not in own["runs"]:
                 say(f"{study.name}: {kind}, seed {seed}")
                 own["runs"][f"{kind} {seed}"] = one_run(study, work, kind, seed)
+                write_json(file, results)
+    for seed in seeds:
+        for kind in ("good", "undertrained"):
+            if f"{kind} {seed}" not in own.setdefault("longer", {}):
+                say(f"{study.name}: {kind}, seed {seed}, twice as long")
+                own["longer"][f"{kind} {seed}"] = longer(study, work, kind, seed)
                 write_json(file, results)
     if "predicted" not in own:
         say(f"{study.name}: probe")
@@ -251,6 +269,8 @@ def section(own: Mapping[str, Any]) -> list[str]:
     text = f"Told what it should be: {len(right)} of {len(meant)} bad runs. Told what it should not be: {'; '.join(wrong) or 'none'}.\n"
     lines = [fired(runs), text.replace("_", " ")]
     lines += ["### Each run\n", each(runs)]
+    if own.get("longer"):
+        lines += ["### Twice as long\n", twice(own)]
     if "predicted" in own and own["ranks"]:
         lines += ["### Gain by rank\n", ranks(own)]
     return lines
@@ -319,6 +339,38 @@ def _each(r: Mapping[str, Any]) -> list[str]:
         shown("bits_per_parameter", ".2g"),
         shown("mismatch", ".0e"),
     ]
+
+
+def twice(own: Mapping[str, Any]) -> str:
+    """Give what twice the steps brought, beside what the runs said of it."""
+    rows, right = [], 0
+    for name, other in sorted(own["longer"].items()):
+        run = own["runs"][name]
+        fell, said = 1 - other["eval_loss"] / run["eval_loss"], "undertrained" in told(run)
+        right += (fell > WORTH) == said
+        about = [f"{run['curve_exponent']:+.3f}", f"{run['elasticity']['value']:+.2f}", "yes" if said else "no"]
+        rows.append(
+            [
+                run["kind"],
+                str(run["seed"]),
+                *about,
+                f"{run['eval_loss']:.3f}",
+                f"{other['eval_loss']:.3f}",
+                f"{100 * fell:+.1f} %",
+            ]
+        )
+    header = [
+        "run",
+        "seed",
+        "curve exponent",
+        "elasticity",
+        "told undertrained",
+        "held-out loss",
+        "twice as long",
+        "lower by",
+    ]
+    text = f"Told right, if a fall by more than {WORTH:.0%} is worth the steps: {right} of {len(rows)}.\n"
+    return table(header, rows) + "\n" + text
 
 
 def ranks(own: Mapping[str, Any]) -> str:

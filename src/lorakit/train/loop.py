@@ -131,9 +131,13 @@ def _differentiate(micro: Micro) -> float:
     job = micro.job
     torch.manual_seed(micro.seed)
     model = use(job.model, job.adapter)
-    places = share_out([len(row.input_ids) for row in micro.rows], job.team.count)
-    shares = [[micro.rows[i] for i in share] for share in places]
+    shares = _shares(job, micro.rows)
     return job.team.backward(lambda rows: job.task.loss(model, rows)[0], shares, micro.weight, job.parameters)
+
+
+def _shares(job: Job, rows: Sequence[Example]) -> list[list[Example]]:
+    """Deal rows out to the threads of the run."""
+    return [[rows[i] for i in share] for share in share_out([len(row.input_ids) for row in rows], job.team.count)]
 
 
 def training(job: Job, state: State) -> Course[State]:
@@ -287,10 +291,15 @@ def evaluate_and_sample(job: Job, state: State) -> None:
         save(job, state)
 
 
-@torch.no_grad()
 def evaluate(job: Job, state: State) -> dict[str, float]:
     """Give the mean loss (and accuracy) over the validation rows."""
-    use(job.model, job.adapter)
+    model = use(job.model, job.adapter)
+
+    @torch.no_grad()  # of the thread that runs it
+    def measured(rows: Sequence[Example]) -> tuple[float, int]:
+        loss, correct = job.task.loss(model, rows)
+        return float(loss), correct
+
     order = sorted(range(len(job.valid)), key=lambda i: len(job.valid[i].input_ids))
     size, total, weight, right = job.steps.batch_size, 0.0, 0, 0
     with evaluating(job.model):
@@ -298,8 +307,8 @@ def evaluate(job: Job, state: State) -> dict[str, float]:
             if job.stop:
                 interrupt(job, state)
             batch = [job.valid[k] for k in order[i : i + size]]
-            loss, correct = job.task.loss(job.model, batch)
-            total, right = total + float(loss), right + correct
+            for loss, correct in job.team.each(measured, _shares(job, batch)):
+                total, right = total + loss, right + correct
             weight += sum(job.task.weight(row) for row in batch)
     return job.task.measures(total / weight, right / weight)
 

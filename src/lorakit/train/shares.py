@@ -1,4 +1,4 @@
-"""The gradient of a micro-batch by several threads, each with rows of its own.
+"""A micro-batch by several threads, each with rows of its own: its gradient in training, its loss in an evaluation.
 
     loss = sum of the shares' losses      gradient = sum of the shares' gradients, in the order of the shares
 
@@ -13,7 +13,7 @@ Only where nothing in the model remembers a pass or draws random numbers (`Fast.
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import copy_context
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..core.threads import threads
 
 Row = TypeVar("Row")
+Result = TypeVar("Result")
 Part = tuple[float, tuple[Tensor | None, ...]]
 """The loss of a share, and its gradient."""
 
@@ -55,6 +56,24 @@ class Team:
         self.count = count
         self._pool = ThreadPoolExecutor(count - 1, "lorakit-share") if count > 1 else None
 
+    def each(self, work: Callable[[Sequence[Row]], Result], shares: Sequence[Sequence[Row]]) -> list[Result]:
+        """Give what `work` makes of each share, in their order; each share has a thread of its own."""
+        if self._pool is None or len(shares) == 1:
+            return [work(share) for share in shares]
+        count = threads_each(len(shares))
+
+        def alone(share: Sequence[Row]) -> Result:
+            torch.set_num_threads(count)  # of the operations that this thread asks for
+            return work(share)
+
+        with threads(count):
+            others: list[Future[Any]] = [self._pool.submit(copy_context().run, alone, share) for share in shares[1:]]
+            try:
+                first = alone(shares[0])
+            finally:
+                wait(others)  # what they use must not go away under them
+            return [first, *(other.result() for other in others)]
+
     def backward(
         self,
         loss: Callable[[Sequence[Row]], Tensor],
@@ -68,22 +87,13 @@ class Team:
             own = loss(whole)
             (own / weight).backward()
             return float(own.detach())
-        trained, each = [p for p in parameters if p.requires_grad], threads_each(len(shares))
+        trained = [p for p in parameters if p.requires_grad]
 
         def differentiate(share: Sequence[Row]) -> Part:
-            torch.set_num_threads(each)  # of the operations that this thread asks for
             own = loss(share)
             return float(own.detach()), torch.autograd.grad(own / weight, trained, allow_unused=True)
 
-        with threads(each):
-            others: list[Future[Part]] = [
-                self._pool.submit(copy_context().run, differentiate, share) for share in shares[1:]
-            ]
-            try:
-                first = differentiate(shares[0])
-            finally:
-                wait(others)  # what they use must not go away under them
-            results = [first, *(other.result() for other in others)]
+        results = self.each(differentiate, shares)
         _add(trained, [gradients for _, gradients in results])
         return sum(own for own, _ in results)
 
