@@ -27,7 +27,7 @@ NAME = "diagnostics_study"
 EXPECTED: Mapping[str, frozenset[str]] = {
     "good": frozenset(),
     "too hot": frozenset({"learning_rate_high", "update_large", "diverged", "too_strong"}),
-    "overfit": frozenset({"overfit", "too_strong"}),
+    "overfit": frozenset({"overfit", "too_strong", "rising"}),
     "undertrained": frozenset({"undertrained"}),
 }
 """One of these a kind of run should be told, and none of the others."""
@@ -237,8 +237,22 @@ def say(text: str) -> None:
 
 
 def told(run: Mapping[str, Any]) -> set[str]:
-    """Give everything a run was told, by its alarms and after it."""
-    return {*run["alarms"], *run.get("judgements", ())}
+    """Give everything a run was told, by its alarms and after it; not what an alarm said that was given up since."""
+    from lorakit.theory.alarms import RULES
+
+    known = {rule.name for rule in RULES} | {"diverged"}
+    return {*(known & {*run["alarms"]}), *run.get("judgements", ())}
+
+
+def given_up(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Say which alarms these runs had that the program no longer has, and where they were on."""
+    every: dict[str, list[str]] = {}
+    for run in runs:
+        for name in {*run["alarms"]} - told({**run, "judgements": ()}):
+            every.setdefault(name, []).append(f"{run['kind']} {run['seed']}")
+    return "".join(
+        f"An alarm `{name}`, given up since, was on in: {', '.join(where)}.\n" for name, where in sorted(every.items())
+    )
 
 
 def page(results: Mapping[str, Any]) -> str:
@@ -268,6 +282,7 @@ def section(own: Mapping[str, Any]) -> list[str]:
     ]
     text = f"Told what it should be: {len(right)} of {len(meant)} bad runs. Told what it should not be: {'; '.join(wrong) or 'none'}.\n"
     lines = [fired(runs), text.replace("_", " ")]
+    lines += [given_up(runs)] if given_up(runs) else []
     lines += ["### Each run\n", each(runs)]
     if own.get("longer"):
         lines += ["### Twice as long\n", twice(own)]

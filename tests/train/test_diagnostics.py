@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +235,7 @@ def test_norms_and_movement_are_those_of_the_dense_matrices() -> None:
 def test_the_slope_on_validation_rows_is_the_derivative_by_alpha() -> None:
     step, valid = Step(), rows_of(101, 102, 103, 104, 105)
     step.go()
-    found = step.watch.evaluated({"step": 1, "eval_loss": 1.0}, valid)
+    found = step.watch.evaluated({"step": 8, "eval_loss": 1.0}, valid)
 
     def loss(gamma: float) -> float:
         step.adapter.scale.mul_(gamma)
@@ -297,26 +297,42 @@ def test_an_alarm_begins_late_and_ends_late() -> None:
     assert resumed.look({"gain_ratio": 0.4})
 
 
-def test_more_steps_are_asked_for_at_the_end_of_a_run_whose_held_out_loss_still_falls() -> None:
-    for rate, told in ((0.3, True), (0.02, False)):
+def test_a_rising_held_out_loss_is_overfitting_only_above_the_training_loss() -> None:
+    for rate, level, told in ((-0.3, 1e6, True), (-0.3, 1e-6, False), (0.3, 1e6, False)):
         step, valid = Step(), rows_of(101, 102)
+        step.go()
         exponents = [
-            step.watch.evaluated({"step": t, "eval_loss": 3 * t**-rate}, valid)["curve_exponent"] for t in (2, 4, 8)
+            step.watch.evaluated({"step": t, "eval_loss": level * t**-rate}, valid)["curve_exponent"] for t in (2, 4, 7)
         ]
         assert math.isnan(exponents[0])
         assert exponents[1:] == pytest.approx([rate, rate])
-        assert [text for text in step.said if "undertrained" in text] == [t for t in step.said if "step 8" in t]
-        assert ("undertrained" in step.watch.alarms.on) is told
+        assert ("rising" in step.watch.alarms.on) is told
+
+
+def test_the_slope_waits_until_it_costs_little_except_at_the_end() -> None:
+    step, valid = Step(), rows_of(*range(101, 121))
+    step.go()
+    asked: list[int] = []
+    taken = step.watch._slope
+
+    def slope(rows: Sequence[Example], count: int) -> tuple[float, float]:
+        asked.append(count)
+        return taken(rows, count)
+
+    step.watch._slope = slope
+    for step_number, rows in ((1, 7 * 200), (2, 8 * 200), (3, 10**6), (8, 0)):
+        step.watch.kept.rows = rows
+        found = step.watch.evaluated({"step": step_number, "eval_loss": 1.0}, valid)
+        assert math.isnan(found["eval_slope"]) == (step_number == 1)
+    assert asked == [8, 32, 8] and step.watch.kept.rows == 0
 
 
 def test_too_strong_is_overfit_only_where_the_training_rows_have_the_lower_loss(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for held_out, name in ((1e6, "overfit"), (1e-6, "too_strong")):
-        step = Step()
-        step.go()
-        monkeypatch.setattr(step.watch, "_slope", lambda rows: (0.5, 0.01))
-        record = step.watch.evaluated({"step": 1, "eval_loss": held_out}, rows_of(101, 102))
-        assert record["alarms"] == [name]
-        monkeypatch.setattr(step.watch, "_slope", lambda rows: (0.5, 0.4))  # no more than its noise
-        assert not Step().watch.evaluated({"step": 1, "eval_loss": held_out}, rows_of(101, 102))["alarms"]
+        for noise, alarms in ((0.01, [name]), (0.4, [])):
+            step = Step()
+            step.go()
+            monkeypatch.setattr(step.watch, "_slope", lambda rows, count, noise=noise: (0.5, noise))
+            assert step.watch.evaluated({"step": 8, "eval_loss": held_out}, rows_of(101, 102))["alarms"] == alarms

@@ -25,7 +25,7 @@ from ..core.errors import FileError
 from ..core.pattern import Budget, compile_safe, is_suffix
 from ..interop.adapter_directory import CONFIG, SIDE, WEIGHTS
 from ..interop.keys import PREFIX
-from ..interop.peft_config import read_config
+from ..interop.peft_reading import read_config
 from ..interop.read import read_json, read_tensors, regular_file, shown
 from ..methods.lora import LoRA, LoRAAdapter
 from .skeleton import Layer

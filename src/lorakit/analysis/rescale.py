@@ -11,7 +11,8 @@ from ..core.errors import CheckError, UsageError
 from ..core.files import atomic_directory
 from ..core.stack import Stack
 from ..interop.adapter_directory import CONFIG, SIDE
-from ..interop.peft_config import peft_format, read_config
+from ..interop.peft_config import peft_format
+from ..interop.peft_reading import read_config
 from ..interop.read import read_json, regular_file
 from .loaded import LoadedAdapter, LoadedModule, load_adapter
 from .skeleton import Layer

@@ -15,7 +15,7 @@ from ..core.errors import FileError, UsageError
 from ..core.stack import PROBE, settings_of
 from ..interop.adapter_directory import BASE_WEIGHT, CONFIG, SIDE, WEIGHTS
 from ..interop.keys import PREFIX, file_tensors
-from ..interop.peft_config import read_config
+from ..interop.peft_reading import read_config
 from ..interop.read import TensorInfo, read_header, read_json, read_tensors, regular_file, shown, some
 
 KIND = Literal["linear", "embedding", "conv", "expert"]

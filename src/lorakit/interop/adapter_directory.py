@@ -31,7 +31,7 @@ from ..core.stack import parts_of, settings_of
 from ..core.target import Target, saved_modules, sites
 from ..core.weight import shape_of
 from .keys import PREFIX, SHARED_PREFIX, config_in_file, file_tensors, fill, spelled_for_peft
-from .peft_config import check_side, read_config, write_config
+from .peft_config import write_config
 from .read import DTYPES, FLOATS, TensorInfo, read_header, read_json, read_tensors, regular_file, shown, some
 
 CONFIG, WEIGHTS, SIDE = "adapter_config.json", "adapter_model.safetensors", "lorakit.json"
@@ -122,6 +122,11 @@ def load(model: nn.Module, directory: str | Path, name: str = "default", *, trai
 
     Raises FileError listing every problem of the files; the model is then unchanged.
     """
+    from .peft_reading import (  # brings pydantic, which takes longer to import than all of lorakit
+        check_side,
+        read_config,
+    )
+
     directory = Path(directory)
     if not directory.is_dir():
         raise FileError(

@@ -67,12 +67,12 @@ RULES: tuple[Rule, ...] = (
         "lower optim.lr or alpha; lorakit strength says by how much",
     ),
     Rule(
-        "undertrained",
-        "last_exponent",
+        "rising",
+        "rising_exponent",
         thresholds.CURVE_EXPONENT,
         1,
-        "the last doubling of steps still lowered the held-out loss as a tenth power of the steps or faster",
-        "train longer: raise train.epochs or train.max_steps",
+        "the held-out loss has risen since half as many steps, while the training loss is below it: it overfits",
+        "stop here or at the best evaluation (eval.patience, eval.load_best)",
     ),
     Rule(
         "overfit",

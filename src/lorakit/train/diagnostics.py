@@ -25,9 +25,10 @@ from ..theory.thresholds import LEAST_CHANGE
 from .movement import Movement
 from .task import Task
 
-SLOPE_ROWS, LEAST_ROWS, SLOPE_SHARE = 32, 8, 400
-"""Validation rows, evenly spaced, of which an evaluation also takes the gradient: at most the first number, and at most one in
-`SLOPE_SHARE` of the rows trained since the last evaluation, which is what they cost; but at least the second number."""
+SLOPE_ROWS, LEAST_ROWS, SLOPE_SHARE = 32, 8, 200
+"""Validation rows, evenly spaced, of which an evaluation also takes the gradient: one in `SLOPE_SHARE` of the rows trained since it
+last did, at most the first number. Below the second number it waits; the last evaluation of a run does not."""
+
 RECENT = 0.2
 """Weight of the last step in the recent training loss."""
 
@@ -129,7 +130,7 @@ class Kept:
     whole: bool = True
     """Whether that is so from the first step on."""
     rows: int = 0
-    """Rows trained since the last evaluation."""
+    """Rows trained since the slope was last taken."""
     loss: float | None = None
     """Of training, recent steps counting most."""
     evaluations: list[tuple[int, float]] = field(default_factory=list)
@@ -262,7 +263,11 @@ class Watching:
 
     def evaluated(self, record: Mapping[str, Any], valid: Sequence[Example]) -> dict[str, Any]:
         """Take the slope on validation rows, and what follows from a held-out loss: description length, learning curve."""
-        found = dict(zip(("eval_slope", "eval_slope_se"), self._slope(valid), strict=True))
+        rows = min(SLOPE_ROWS, self.kept.rows // SLOPE_SHARE)
+        if record["step"] == self.last:
+            rows = max(rows, LEAST_ROWS)
+        slope = self._slope(valid, rows) if rows >= LEAST_ROWS else (math.nan, math.nan)
+        found = dict(zip(("eval_slope", "eval_slope_se"), slope, strict=True))
         bits = math.nan
         if self.kept.whole:
             bits = (self.kept.first_nats - record["eval_loss"] * self.kept.first_tokens) / coding.LN2
@@ -273,20 +278,20 @@ class Watching:
         self.kept.evaluations.append((record["step"], record["eval_loss"]))
         found["curve_exponent"] = gain.curve_exponent(self.kept.evaluations)
         sure = found["eval_slope"] > 2 * found["eval_slope_se"]
-        slope = found["eval_slope"] if sure else min(found["eval_slope"], 0.0)
+        strong = found["eval_slope"] if sure or math.isnan(found["eval_slope"]) else min(found["eval_slope"], 0.0)
         learned = self.kept.loss is not None and self.kept.loss < record["eval_loss"]  # the training rows themselves
-        about = {"overfit_slope" if learned else "strong_slope": slope}
-        if record["step"] == self.last:  # every loss falls fast while the run is young
-            about["last_exponent"] = found["curve_exponent"]
+        about = {"overfit_slope" if learned else "strong_slope": strong}
+        if learned:
+            about["rising_exponent"] = found["curve_exponent"]
         self._tell(record["step"], {**found, **about})
         return {**found, "alarms": self.alarms.on}
 
-    def _slope(self, valid: Sequence[Example]) -> tuple[float, float]:
-        """Give dL/dγ over validation rows and its standard error over them; NaN for a method that γ cannot scale."""
+    def _slope(self, valid: Sequence[Example], rows: int) -> tuple[float, float]:
+        """Give dL/dγ over so many validation rows and its standard error over them; NaN for a method that γ cannot scale."""
         if not self.scales:
             return math.nan, math.nan
         use(self.model, self.name)
-        count = min(SLOPE_ROWS, max(LEAST_ROWS, self.kept.rows // SLOPE_SHARE), len(valid))
+        count = min(rows, len(valid))
         self.kept.rows = 0
         chosen = [valid[i * len(valid) // count] for i in range(count)]
         weights = torch.tensor([float(self.task.weight(row)) for row in chosen], dtype=torch.float64)
