@@ -280,7 +280,11 @@ def section(own: Mapping[str, Any]) -> list[str]:
         for r in runs
         for name in sorted(told(r) & every - EXPECTED[r["kind"]])
     ]
-    text = f"Told what it should be: {len(right)} of {len(meant)} bad runs. Told what it should not be: {'; '.join(wrong) or 'none'}.\n"
+    missed = [f"{r['kind']}, seed {r['seed']}" for r in meant if r not in right]
+    text = (
+        f"Told what it should be: {len(right)} of {len(meant)} bad runs; not told: {'; '.join(missed) or 'none'}. "
+        f"Told what it should not be: {'; '.join(wrong) or 'none'}.\n"
+    )
     lines = [fired(runs), text.replace("_", " ")]
     lines += [given_up(runs)] if given_up(runs) else []
     lines += ["### Each run\n", each(runs)]
