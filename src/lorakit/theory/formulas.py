@@ -113,7 +113,7 @@ FORMULAS: dict[str, Formula] = {
     ),
     "lost_gain": Formula(
         "share of the gain lost = share of the energy discarded, in outputs if measured",
-        "within a factor of a few on two models",
+        "off by factors, to both sides: only the loss itself tells",
         "",
         "T41",
     ),
