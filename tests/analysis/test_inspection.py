@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from html import escape, unescape
 from html.parser import HTMLParser
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 import lorakit as lk
 from lorakit.analysis.base_weights import BaseWeights
 from lorakit.analysis.heatmap import heatmap
-from lorakit.analysis.inspect_page import render
+from lorakit.analysis.inspect_page import render, spectra
 from lorakit.analysis.inspection import Inspection, inspect_adapter
 from lorakit.cli.inspect import describe
+from lorakit.core.errors import UsageError
 from lorakit.interop.read import read_header
 from lorakit.theory import spectrum as sp
 
@@ -272,6 +274,36 @@ def test_the_page_is_whole_and_loads_nothing(adapter: Path) -> None:
     assert html.count("<rect ") == 8 * BLOCKS * len(NAMES)
     for text in ("dead module", "layers.1.q_proj", "Relative norm", "There is no score", "Not measured", "rank"):
         assert text in html
+
+
+def test_the_picture_has_every_number_in_its_place(adapter: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from lorakit.analysis.inspect_picture import draw, write_picture
+
+    seen = inspection(adapter, base=True)
+    figure = draw(describe(adapter), seen)
+    heats = {axis.get_title(loc="left"): axis for axis in figure.axes if axis.images}
+    (norms,) = [axis for title, axis in heats.items() if title.startswith("Norm")]
+    grid = norms.images[0].get_array().filled(math.nan)
+    rows = [label.get_text() for label in norms.get_yticklabels()]
+    for measured in seen.modules:
+        _, block, name = measured.module.path.split(".")
+        value = grid[rows.index(name), int(block)]
+        wanted = measured.numbers["frobenius"].value
+        assert math.isnan(value) if wanted == 0 else value == pytest.approx(wanted), measured.module.path
+    lines = {line.get_label(): line.get_ydata() for axis in figure.axes for line in axis.lines}
+    assert {"q_proj", "up_proj", "random factors"} <= lines.keys()
+    assert list(lines["up_proj"]) == pytest.approx(next(s.y for s in spectra(seen) if s.name == "up_proj"))
+    file = write_picture(describe(adapter), seen, tmp_path / "deep" / "it.png")
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_the_picture_says_what_to_install(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorakit.analysis.inspect_picture import draw
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UsageError, match=r"lorakit\[plot\]"):
+        draw(describe(adapter), inspection(adapter))
 
 
 def test_names_from_the_file_are_never_markup(adapter: Path) -> None:

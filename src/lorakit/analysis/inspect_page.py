@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from .. import __version__
 from ..core.files import atomic_write
@@ -100,9 +100,18 @@ def _verdicts(found: Mapping[str, Any], inspection: Inspection) -> str:
     return f'<section><h2>Certain</h2><div class="card">{text}</div>{note}</section>'
 
 
-def _maps(inspection: Inspection) -> str:
-    if not inspection.modules:
-        return ""
+class Map(NamedTuple):
+    """One number over kinds of module and blocks."""
+
+    title: str
+    label: Callable[[float], str]
+    log: bool
+    values: Mapping[tuple[str, str], float]
+    """By (kind of module, block)."""
+
+
+def maps(inspection: Inspection) -> tuple[list[str], list[str], list[Map]]:
+    """Give the kinds of module, the blocks, and every number that is drawn over them."""
     places = {m.module.path: block_of(m.module.path) for m in inspection.modules}
     blocks = sorted({b for b, _ in places.values() if b is not None})
     columns = [str(b) for b in blocks] + (["–"] if any(b is None for b, _ in places.values()) else [])
@@ -115,14 +124,16 @@ def _maps(inspection: Inspection) -> str:
             cells[name, "–" if block is None else str(block)] = of(m)
         return cells
 
-    drawn = [
-        heatmap(title, "", rows, columns, values(lambda m, name=name: _value(m, name)), label=label, log=log)
-        for name, title, label, log in SHOWN
-    ]
-    drawn += [
-        heatmap(title, "", rows, columns, values(lambda m, name=name: _over_null(m, name)), label=percent)
-        for name, title in OVER_NULL
-    ]
+    found = [Map(title, f, log, values(lambda m, name=name: _value(m, name))) for name, title, f, log in SHOWN]
+    found += [Map(title, percent, False, values(lambda m, name=name: _over_null(m, name))) for name, title in OVER_NULL]
+    return rows, columns, found
+
+
+def _maps(inspection: Inspection) -> str:
+    if not inspection.modules:
+        return ""
+    rows, columns, found = maps(inspection)
+    drawn = [heatmap(m.title, "", rows, columns, m.values, label=m.label, log=m.log) for m in found]
     note = (
         '<p class="quiet">A row for each kind of module, a column for each block. 100 % of a null means: as spread out as '
         "random factors of the same shape, which is what an untrained direction looks like.</p>"
@@ -130,8 +141,8 @@ def _maps(inspection: Inspection) -> str:
     return f'<section><h2>By block</h2><div class="charts wide">{"".join(drawn)}</div>{note}</section>'
 
 
-def _spectra(inspection: Inspection) -> str:
-    """Draw σ_i over ||ΔW|| by module name, the median over blocks, and of random factors."""
+def spectra(inspection: Inspection) -> list[Series]:
+    """Give σ_i over ||ΔW|| by module name, the median over blocks, and of random factors."""
     series, null = [], ()
     for i, (name, its) in enumerate(list(by_name(inspection.modules).items())[:7]):
         rows = [[s / math.hypot(*m.spectrum) for s in m.spectrum] for m in its if m.spectrum and not m.dead]
@@ -141,10 +152,15 @@ def _spectra(inspection: Inspection) -> str:
         curve = [median(column) for column in zip(*rows, strict=True)]
         series.append(Series(name, [float(j + 1) for j in range(len(curve))], curve, i + 1))
         null = max(null, next((m.null_spectrum for m in its if m.null_spectrum), ()), key=len)
+    if series and null:
+        series.append(Series("random factors", [float(j + 1) for j in range(len(null))], null, 8, "marked"))
+    return series
+
+
+def _spectra(inspection: Inspection) -> str:
+    series = spectra(inspection)
     if not series:
         return ""
-    if null:
-        series.append(Series("random factors", [float(j + 1) for j in range(len(null))], null, 8, "marked"))
     drawn = chart("Singular values σ / ‖ΔW‖", "median over the blocks", series, over="component", css="tall")
     swatches = "".join(f'<li><span class="swatch c{s.color}"></span>{escape(s.name)}</li>' for s in series)
     return f'<section><h2>Spectra</h2><ul class="legend">{swatches}</ul>{drawn}</section>'

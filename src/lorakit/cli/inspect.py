@@ -25,6 +25,7 @@ def inspect(
     intruders: bool = typer.Option(False, "--intruders", help="With --base: count intruder dimensions (minutes)."),
     json: bool = typer.Option(False, "--json", help="Print everything as JSON."),
     html: Path = typer.Option(None, "--html", metavar="FILE", help="Write a page with heat maps and spectra."),
+    png: Path = typer.Option(None, "--png", metavar="FILE", help="Draw them as one picture (extra: plot)."),
 ) -> None:
     """Show what an adapter holds.
 
@@ -45,6 +46,10 @@ def inspect(
         from ..analysis.inspect_page import write_page
 
         note(f"page: {write_page(found, measured, html)}")
+    if png is not None:
+        from ..analysis.inspect_picture import write_picture
+
+        note(f"picture: {write_picture(found, measured, png)}")
     if json:
         json_result({**found, **measured.json(), "modules": _joined(found["modules"], measured)})
         return
