@@ -320,7 +320,7 @@ def test_the_slope_waits_until_it_costs_little_except_at_the_end() -> None:
         return taken(rows, count)
 
     step.watch._slope = slope
-    for step_number, rows in ((1, 7 * 200), (2, 8 * 200), (3, 10**6), (8, 0)):
+    for step_number, rows in ((1, 7 * 250), (2, 8 * 250), (3, 10**6), (8, 0)):
         step.watch.kept.rows = rows
         found = step.watch.evaluated({"step": step_number, "eval_loss": 1.0}, valid)
         assert math.isnan(found["eval_slope"]) == (step_number == 1)

@@ -25,7 +25,7 @@ from ..theory.thresholds import LEAST_CHANGE
 from .movement import Movement
 from .task import Task
 
-SLOPE_ROWS, LEAST_ROWS, SLOPE_SHARE = 32, 8, 200
+SLOPE_ROWS, LEAST_ROWS, SLOPE_SHARE = 32, 8, 250
 """Validation rows, evenly spaced, of which an evaluation also takes the gradient: one in `SLOPE_SHARE` of the rows trained since it
 last did, at most the first number. Below the second number it waits; the last evaluation of a run does not."""
 
