@@ -2,7 +2,7 @@
 
     python benchmarks/diagnose_cost.py [--steps 100] [--batch-size 4] [--dtype bfloat16] [--output DIRECTORY]
 
-Rows are orders of the quickstart's task, looks at step 1 and every 50th as by default, one evaluation in the middle and one at the
+Rows are orders of the quickstart's task, looks at step 1 and every 60th as by default, one evaluation in the middle and one at the
 end. The clock runs around each call of the run's `Watching`; two runs, with and without, differ by less than they vary.
 """
 

@@ -430,7 +430,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = json.loads(file.read_text()) if file.exists() else {"environment": environment()}
     for name in ("synthetic", *(["smollm2"] if given.data else [])):
         with contextlib.ExitStack() as stack:
-            work = given.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            work = (given.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))) / name
             work.mkdir(parents=True, exist_ok=True)
             study = synthetic(work) if name == "synthetic" else e2e(work, given.data, given.model)
             perform(study, work, given.seeds, results, file)

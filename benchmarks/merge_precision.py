@@ -3,7 +3,7 @@
     python benchmarks/merge_precision.py                                     # merging, on the weights of SmolLM2-135M; a minute
     python benchmarks/merge_precision.py --adapter RUN ... --data VALID [--calib TRAIN]   # and the loss of trained adapters
 
-RUN, VALID and TRAIN can be those that `diagnostics_study.py --keep DIR` leaves behind: smollm2-good-*, held-out.jsonl, train.jsonl.
+RUN, VALID and TRAIN can be what `diagnostics_study.py --keep DIR` leaves in DIR/smollm2: smollm2-good-*, held-out.jsonl, train.jsonl.
 
 Merging: a random change of rank 16 with ||ΔW|| = rho ||W|| on the 7 linear layers of 3 blocks, written as an adapter and read by
 `lorakit merge-check`: what is left after rounding W + ΔW (measured) beside the closed form over the histogram of ulp(W).

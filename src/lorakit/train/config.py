@@ -155,7 +155,7 @@ class TrainOptions:
     keep_checkpoints: Count = 2
     track: tuple[Annotated[str, OneOf(("tensorboard", "trackio"))], ...] = ()
     diagnose: bool = False
-    diagnose_steps: Count = 50
+    diagnose_steps: Count = 60
 
     def __post_init__(self) -> None:
         if self.controller is not None:
