@@ -1,6 +1,6 @@
 """What `train.diagnose` costs: its share of the processor time of a run on SmolLM2-135M, by what it does.
 
-    python benchmarks/diagnose_cost.py [--steps 100] [--batch-size 4] [--dtype bfloat16] [--output DIRECTORY]
+    python benchmarks/diagnose_cost.py [--steps 400] [--batch-size 4] [--dtype bfloat16] [--output DIRECTORY]
 
 Rows are orders of the quickstart's task, looks at step 1 and every 60th as by default, one evaluation in the middle and one at the
 end. The clock runs around each call of the run's `Watching`; two runs, with and without, differ by less than they vary.
@@ -117,7 +117,7 @@ def report(content: dict[str, Any]) -> str:
 def main() -> None:
     """Measure and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--model", default="smollm2")

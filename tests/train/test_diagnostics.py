@@ -336,3 +336,11 @@ def test_too_strong_is_overfit_only_where_the_training_rows_have_the_lower_loss(
             step.go()
             monkeypatch.setattr(step.watch, "_slope", lambda rows, count, noise=noise: (0.5, noise))
             assert step.watch.evaluated({"step": 8, "eval_loss": held_out}, rows_of(101, 102))["alarms"] == alarms
+
+
+def test_an_alarm_about_strength_ends_when_its_cause_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Step()
+    step.go()
+    monkeypatch.setattr(step.watch, "_slope", lambda rows, count: (0.5, 0.01))
+    heard = [step.watch.evaluated({"step": 8, "eval_loss": loss}, rows_of(101, 102))["alarms"] for loss in (1e-6, 1e6)]
+    assert heard == [["too_strong"], ["overfit"]]

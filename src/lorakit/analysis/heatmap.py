@@ -7,6 +7,11 @@ from html import escape
 CELL, GAP = 22, 2
 
 
+def shaded(values: Mapping[tuple[str, str], float], *, log: bool) -> dict[tuple[str, str], float]:
+    """Give the cells that have a shade."""
+    return {key: v for key, v in values.items() if math.isfinite(v) and (v > 0 or not log)}
+
+
 def heatmap(
     title: str,
     unit: str,
@@ -21,7 +26,7 @@ def heatmap(
 
     log: shade by the logarithm. The shade runs from the smallest to the largest value; there is no good or bad end.
     """
-    shown = {key: v for key, v in values.items() if math.isfinite(v) and (v > 0 or not log)}
+    shown = shaded(values, log=log)
     if not shown:
         return ""
     at = math.log if log else float

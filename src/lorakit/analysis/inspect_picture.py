@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import UsageError
 from ..core.files import atomic_write
+from .heatmap import shaded
 from .inspect_page import Map, maps, spectra
 from .inspection import Inspection
 
@@ -24,16 +25,22 @@ def write_picture(found: Mapping[str, Any], inspection: Inspection, output: Path
     return output
 
 
-def draw(found: Mapping[str, Any], inspection: Inspection) -> "Figure":
-    """Give the figure: a heat map for each number that was measured, the spectra below."""
+def figure_class() -> "type[Figure]":
+    """Give matplotlib's figure. UsageError without matplotlib."""
     try:
         from matplotlib.figure import Figure  # not pyplot, which looks for a screen
     except ImportError:
         raise UsageError("--png needs matplotlib", fix="pip install 'lorakit[plot]', or take --html") from None
+    return Figure
+
+
+def draw(found: Mapping[str, Any], inspection: Inspection) -> "Figure":
+    """Give the figure: a heat map for each number that was measured, the spectra below."""
+    Figure = figure_class()
     if not inspection.modules:
         raise UsageError("there is nothing to draw", why="no matrix of this adapter was measured")
     rows, columns, every = maps(inspection)
-    shown = [m for m in every if _cells(m)]
+    shown, curves = [m for m in every if shaded(m.values, log=m.log)], spectra(inspection)
     height = 0.7 + 0.24 * len(rows)
     size = (max(6.0, 2.2 + 0.24 * len(columns)), height * len(shown) + 3.6)
     figure = Figure(figsize=size, layout="constrained")
@@ -42,25 +49,21 @@ def draw(found: Mapping[str, Any], inspection: Inspection) -> "Figure":
     axes = figure.subplots(len(shown) + 1, 1, squeeze=False, height_ratios=[height] * len(shown) + [3.0])[:, 0]
     for axis, one in zip(axes, shown, strict=False):
         _heat(figure, axis, one, rows, columns)
-    for series in spectra(inspection):
-        style = {"color": "gray", "linestyle": "--"} if series.name == "random factors" else {}
+    for series in curves:
+        style = {"color": "gray", "linestyle": "--"} if series.style == "marked" else {}
         axes[-1].plot(series.x, series.y, label=series.name, **style)
     axes[-1].set_title("Singular values σ / ‖ΔW‖, median over the blocks", fontsize=9, loc="left")
     axes[-1].set_xlabel("component", fontsize=8)
-    axes[-1].legend(fontsize=7)
+    if curves:  # a method without factors has none
+        axes[-1].legend(fontsize=7)
     axes[-1].tick_params(labelsize=7)
     return figure
-
-
-def _cells(one: Map) -> dict[tuple[str, str], float]:
-    """Give what can be shaded."""
-    return {key: v for key, v in one.values.items() if math.isfinite(v) and (v > 0 or not one.log)}
 
 
 def _heat(figure: "Figure", axis: "Axes", one: Map, rows: list[str], columns: list[str]) -> None:
     from matplotlib.colors import LogNorm, Normalize
 
-    cells = _cells(one)
+    cells = shaded(one.values, log=one.log)
     grid = [[cells.get((row, column), math.nan) for column in columns] for row in rows]
     low, high = min(cells.values()), max(cells.values())
     image = axis.imshow(grid, cmap="Blues", aspect="auto", norm=(LogNorm if one.log else Normalize)(low, high))

@@ -42,8 +42,8 @@ def _fit(found: Strength) -> Judgement:
         grows = replace(elastic, kind=Kind.HEURISTIC)
         return Judgement("undertrained", f"{sure}undertrained: {more}; {slope}", grows, refuted, action)
     action = (
-        "keep it as it is; whether the learning rate was right and whether more steps would help, train.diagnose says: gain "
-        "ratio, learning curve"
+        "keep it as it is; whether the learning rate was right, the gain ratio says (train.diagnose); whether more steps would "
+        "help, only more steps"
     )
     return Judgement("strength_right", f"neither too strong nor too weak: {at}", rule, other, action)
 

@@ -38,6 +38,10 @@ def inspect(
 
     if intruders and base is None:
         raise UsageError("--intruders needs the base weights", fix="--base MODEL")
+    if png is not None:
+        from ..analysis.inspect_picture import figure_class
+
+        figure_class()  # before minutes of measuring
     set_threads()
     directory = require_adapter(adapter)
     found = describe(directory)

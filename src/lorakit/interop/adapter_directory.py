@@ -122,10 +122,8 @@ def load(model: nn.Module, directory: str | Path, name: str = "default", *, trai
 
     Raises FileError listing every problem of the files; the model is then unchanged.
     """
-    from .peft_reading import (  # brings pydantic, which takes longer to import than all of lorakit
-        check_side,
-        read_config,
-    )
+    # Here, for it brings pydantic, which takes longer to import than all of lorakit.
+    from .peft_reading import check_side, read_config
 
     directory = Path(directory)
     if not directory.is_dir():

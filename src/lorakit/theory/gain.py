@@ -1,4 +1,4 @@
-"""Cheap looks at training: did the loss fall as the gradient promised, how noisy is the gradient, would more steps help."""
+"""Cheap looks at training: did the loss fall as the gradient promised, how noisy is the gradient, what did the last steps bring."""
 
 import math
 from collections.abc import Sequence

@@ -44,7 +44,7 @@ FIELDS = {
     "decay_survival": "share of a weight that weight decay has left of it",
     "eval_slope": "dL/dγ on validation rows: above 0 a weaker adapter would be better",
     "eval_slope_se": "its standard error over rows",
-    "curve_exponent": "p of loss ~ steps^-p on validation rows, since half as many steps: what more steps would bring",
+    "curve_exponent": "p of loss ~ steps^-p on validation rows, since half as many steps: what the last ones brought",
     "description_bits": "bits that the first visits of the rows wrote into the adapter",
     "bits_per_parameter": "those per trained number",
 }
@@ -280,7 +280,7 @@ class Watching:
         sure = found["eval_slope"] > 2 * found["eval_slope_se"]
         strong = found["eval_slope"] if sure or math.isnan(found["eval_slope"]) else min(found["eval_slope"], 0.0)
         learned = self.kept.loss is not None and self.kept.loss < record["eval_loss"]  # the training rows themselves
-        about = {"overfit_slope" if learned else "strong_slope": strong}
+        about = {"overfit_slope": strong if learned else 0.0, "strong_slope": 0.0 if learned else strong}
         if learned:
             about["rising_exponent"] = found["curve_exponent"]
         self._tell(record["step"], {**found, **about})
