@@ -22,6 +22,9 @@ def bench(
     threads: int = typer.Option(
         None, "--threads", min=1, help="Processor threads; as many as there are cores if absent."
     ),
+    device: str = typer.Option("auto", "--device", help="cpu or cuda, for both; auto is cuda where there is one."),
+    compile: bool = typer.Option(False, "--compile", help="lorakit with train.compile."),
+    cuda_graph: bool = typer.Option(False, "--cuda-graph", help="lorakit with train.cuda_graph."),
     steps: int = typer.Option(3, "--steps", min=1, help="Timed steps of a run."),
     runs: int = typer.Option(3, "--runs", min=1, help="Runs of each program, in alternating order."),
     peer: bool = typer.Option(True, "--peer/--no-peer", help="Also run PEFT, if it is installed."),
@@ -35,7 +38,9 @@ def bench(
     from ..train.bench.compare import compare, require_agreement
 
     other = "peft" if peer and importlib.util.find_spec("peft") else None
-    work = _work(model, dtype, labels, batch=batch, length=length, rank=rank, threads=threads, steps=steps)
+    ways = {"compile": compile, "cuda_graph": cuda_graph}
+    sizes = {"batch": batch, "length": length, "rank": rank, "threads": threads, "steps": steps}
+    work = _work(model, dtype, labels, device, **sizes, **ways)
     found = compare(work, peer=other, runs=runs, say=note)
     found = {"machine": _machine(other), **found}
     if json:
@@ -48,21 +53,34 @@ def bench(
         require_agreement(found["agreement"], "PEFT")
 
 
-def _work(model: str, dtype: str, labels: str, *, threads: int | None, **sizes: Any) -> Any:
+def _work(model: str, dtype: str, labels: str, device: str, *, threads: int | None, **more: Any) -> Any:
     import torch
 
     from ..core.errors import UsageError
-    from ..models.load import pick_device, pick_dtype, read_config
+    from ..models.load import pick_dtype, read_config
     from ..models.resolve import resolve
     from ..train.bench.work import Work
     from .machine import cores
 
     if labels not in ("all", "half"):
         raise UsageError(f"no labels called {labels!r}", fix="choose all or half")
+    if device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"no device called {device!r}", fix="choose auto, cpu or cuda")
+    there = torch.cuda.is_available()
+    if device == "cuda" and not there:
+        raise UsageError("no NVIDIA GPU can be used here", fix="leave --device out")
+    device = "cuda" if device != "cpu" and there else "cpu"
     path = resolve(model)
-    kind = pick_dtype(dtype, pick_device(), "causal", read_config(path))
+    kind = pick_dtype(dtype, torch.device(device), "causal", read_config(path))
     name = cast(Any, "bfloat16" if kind == torch.bfloat16 else "float32")
-    return Work(model=str(path), dtype=name, labels=cast(Any, labels), threads=threads or cores(), **sizes)
+    return Work(
+        model=str(path),
+        dtype=name,
+        device=cast(Any, device),
+        labels=cast(Any, labels),
+        threads=threads or cores(),
+        **more,
+    )
 
 
 def _machine(peer: str | None) -> dict[str, Any]:
@@ -77,7 +95,8 @@ def show(found: dict[str, Any]) -> None:
     """Print the figures of each arm, the ratios, and how far both agree."""
     work, machine = found["work"], found["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in machine["packages"].items() if number)
-    result(f"{versions}\n{machine['processor']}, {work['threads']} threads, load average {machine['load_average']:.1f}")
+    processor = machine["gpu"] if work["device"] == "cuda" else machine["processor"]
+    result(f"{versions}\n{processor}, {work['threads']} threads, load average {machine['load_average']:.1f}")
     result(
         f"{work['batch']} x {work['length']} tokens, {work['labels']} labels, {work['dtype']}, "
         f"LoRA r {work['rank']}; medians, quartiles in brackets\n"

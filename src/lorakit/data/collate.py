@@ -1,11 +1,22 @@
 """Examples to the tensors of one micro-batch, all int64."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .dataset import IGNORED, Example
+
+
+@dataclass(frozen=True, order=True)
+class Size:
+    """The fixed size of a micro-batch: tokens, positions that predict a trained token, documents (padding is one)."""
+
+    tokens: int
+    rows: int
+    documents: int
+
 
 Batch = tuple[dict[str, Tensor], list[int]]
 
@@ -23,6 +34,35 @@ def collate_packed(examples: Sequence[Example]) -> Batch:
         "labels": [label for example in examples for label in (IGNORED, *example.labels[1:])],
     }
     return {name: torch.tensor([values]) for name, values in inputs.items()}, lengths
+
+
+def size_of(examples: Sequence[Example]) -> Size:
+    """Give the size that rows behind each other have, one document for padding included."""
+    labels = [label for example in examples for label in example.labels[1:]]
+    tokens, rows = sum(len(example.input_ids) for example in examples), sum(label != IGNORED for label in labels)
+    return Size(tokens, rows, len(examples) + 1)
+
+
+def collate_fixed(examples: Sequence[Example], size: Size) -> dict[str, Tensor]:
+    """Put rows behind each other and fill them up to `size`, which must be as large as theirs.
+
+    input_ids, position_ids (1, tokens); ends (documents + 1,) int32: where each document ends, after a 0; rows, targets
+    (rows,): the positions that predict a trained token, and that token; counted (rows,): 1 where there is one, 0 in the filling.
+    """
+    inputs, lengths = collate_packed(examples)
+    labels = inputs.pop("labels")[0]
+    rows = (labels[1:] != IGNORED).nonzero().flatten()
+    missing, spare = size.tokens - labels.numel(), size.rows - len(rows)
+    filling = {"input_ids": torch.zeros(1, missing), "position_ids": torch.arange(missing)[None]}
+    ends = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    ends += [size.tokens] * (size.documents + 1 - len(ends))
+    return {
+        **{name: torch.cat([values, filling[name].long()], 1) for name, values in inputs.items()},
+        "ends": torch.tensor(ends, dtype=torch.int32),
+        "rows": torch.cat([rows, rows.new_zeros(spare)]),
+        "targets": torch.cat([labels[rows + 1], rows.new_zeros(spare)]),
+        "counted": torch.cat([torch.ones(len(rows)), torch.zeros(spare)]),
+    }
 
 
 def collate_padded(examples: Sequence[Example], pad_id: int) -> Batch:

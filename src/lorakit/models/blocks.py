@@ -16,6 +16,7 @@ A new family is a line in `FAMILIES`.
 """
 
 import functools
+import operator
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple, Protocol, cast
 from torch import Tensor, nn
 
 from ..core.projection import hooked, projection
+from ..kernels.documents import Documents
 from ..kernels.gated import GELU_TANH, SILU, Activation, Gated
 from ..kernels.low_rank import SAME, Projection, Prologue, applies, project
 from ..kernels.norm import RMSNorm
@@ -49,7 +51,7 @@ class Family:
 _WINDOW = {"sliding_window": "sliding_window"}
 FAMILIES: Mapping[str, Family] = {
     "LlamaDecoderLayer": Family(),
-    "MistralDecoderLayer": Family(),
+    "MistralDecoderLayer": Family(attention={"sliding_window": "config.sliding_window"}),
     "Qwen2DecoderLayer": Family(attention=_WINDOW),
     "Qwen3DecoderLayer": Family(qk_norm=True, attention=_WINDOW),
     "GemmaDecoderLayer": Family(offset=True),
@@ -84,6 +86,8 @@ class FastBlock(nn.Module):
     family: Family
     self_attn: Any
     mlp: Any
+    compiled: Callable[..., Tensor] | None = None
+    """transformers' forward of this block, compiled, for micro-batches of fixed sizes (`compiled.py`)."""
 
     def forward(
         self,
@@ -99,7 +103,11 @@ class FastBlock(nn.Module):
             return known
         if self.self_attn.layer_idx + 1 < self.self_attn.config.num_hidden_layers:
             keep_rows = None
-        parts = self.parts() if _trains(hidden_states, args, kwargs) and self.training else None
+        trains = _trains(hidden_states, args, kwargs) and self.training
+        if trains and self.compiled is not None and isinstance(kwargs.get("lengths"), Documents):
+            out = self.compiled(hidden_states, **kwargs)
+            return out if keep_rows is None else out[:, keep_rows]
+        parts = self.parts() if trains else None
         if parts is not None:
             return self.fused(hidden_states, parts, keep_rows, **kwargs)
         out = super().forward(hidden_states, *args, **kwargs)
@@ -133,7 +141,7 @@ class FastBlock(nn.Module):
         if self.family.qk_norm:
             q, k = attention.q_norm(q), attention.k_norm(k)
         cos, sin = cos.to(q.dtype), sin.to(q.dtype)
-        own = {argument: vars(attention)[name] for argument, name in self.family.attention.items()}
+        own = {argument: operator.attrgetter(name)(attention) for argument, name in self.family.attention.items()}
         a, _ = _attention_function(attention)(
             attention,
             rotate(q, cos, sin),

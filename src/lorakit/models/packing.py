@@ -13,8 +13,6 @@ whole (T, T) mask, ours answers with a promise, and only the blocks on the diago
 windows, chunks and bidirectional encoders need no case of their own.
 """
 
-import functools
-import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -23,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.errors import UsageError
+from ..kernels import documents
 from ..kernels.attention import causal_attention
+from ..kernels.documents import Documents
 from ..kernels.low_rank import applies
 from .console import quiet_transformers
 from .modes import evaluating
@@ -110,12 +110,16 @@ def packed_attention(
     scaling: float | None = None,
     is_causal: bool | None = None,
     softcap: float | None = None,
-    lengths: list[int] | None = None,
+    lengths: list[int] | Documents | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend from query (B, H, T, D) to key and value (B, H_kv, T, D), per document given `lengths`; (B, T, H, D)."""
+    if isinstance(lengths, Documents):
+        return _fixed(query, key, value, lengths, scaling, softcap, sliding_window), None
     if lengths is None:
         mask = attention_mask.whole() if isinstance(attention_mask, Mask) else attention_mask
+        kwargs["sliding_window"] = sliding_window
         return _ordinary(module, query, key, value, mask, dropout, scaling, is_causal, softcap, kwargs)
     if query.shape[0] != 1 or sum(lengths) != query.shape[2]:
         raise UsageError(
@@ -129,7 +133,7 @@ def packed_attention(
     if causal and applies(query) and fits_blocks(query.device, dropout, softcap):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return causal_attention(query, key, value, lengths, scale), None
-    if _fits_one_kernel(query, patterns, dropout, softcap) and (kernel := _varlen_kernel()):
+    if _fits_one_kernel(query, patterns, dropout, softcap) and (kernel := documents.varlen_kernel()):
         return _in_one_kernel(kernel, query, key, value, lengths, scaling), None
     parts = [tensor.split(lengths, dim=2) for tensor in (query, key, value)]
     out = [
@@ -137,6 +141,23 @@ def packed_attention(
         for q, k, v, pattern in zip(*parts, patterns, strict=True)
     ]
     return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _fixed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    ends: Documents,
+    scaling: float | None,
+    softcap: float | None,
+    window: int | None,
+) -> Tensor:
+    """Attend in a model that is known to be causal, whatever the mask: it could be looked at on the host only."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if softcap is None:
+        return documents.attention(query, key, value, ends, scale, window)
+    pattern = Pattern(False, documents.allowed(ends, query.shape[2], window))
+    return explicit_attention(query, key, value, pattern, 0.0, scaling, softcap).transpose(1, 2).contiguous()
 
 
 def _patterns(mask: Mask, lengths: list[int]) -> list[Pattern]:
@@ -209,23 +230,11 @@ def _fits_one_kernel(query: Tensor, patterns: list[Pattern], dropout: float, sof
     return half and not dropout and softcap is None and all(pattern.causal for pattern in patterns)
 
 
-@functools.cache
-def _varlen_kernel() -> Callable[..., Tensor] | None:
-    """torch's attention over documents of different lengths, where this torch has it in the form used below."""
-    from torch.nn.attention.varlen import varlen_attn  # costs a second to import
-
-    return cast(Any, varlen_attn) if "window_size" in inspect.signature(varlen_attn).parameters else None
-
-
 def _in_one_kernel(
     kernel: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scaling: float | None
 ) -> Tensor:
-    """All documents at once; the kernel takes (T, H, D), the result is (1, T, H, D)."""
     ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(query.device)
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    gqa, longest = q.shape[1] != k.shape[1], max(lengths)
-    out = kernel(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=gqa)
-    return out[None]
+    return documents.one_kernel(kernel, query, key, value, ends, max(lengths), scaling)
 
 
 def _ordinary(

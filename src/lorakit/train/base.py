@@ -30,7 +30,7 @@ class Base:
     lost: dict[str, Statistics]
 
 
-def load_base(config: RunConfig, task: str, rows: Rows) -> Base:
+def load_base(config: RunConfig, task: str, rows: Rows, device: str = "auto") -> Base:
     """Load the model that `config.model` names for the task of these rows. Raises FileError and UsageError."""
     kind = "classification" if task == "classification" else "causal"
     labels = _class_names(config, rows) if kind == "classification" else None
@@ -46,6 +46,7 @@ def load_base(config: RunConfig, task: str, rows: Rows) -> Base:
         dtype=config.model.dtype,
         labels=labels,
         seed=config.train.seed,
+        device=device,
         prepare=shrink if config.model.quantize else None,
     )
     return Base(loaded.model, loaded.tokenizer, loaded.head_modules, loaded.path, lost)

@@ -105,6 +105,12 @@ def check_together(configs: Mapping[str, RunConfig]) -> None:
                 why="of a module that is replaced there is no frozen base to share",
                 fix="leave modules_to_save out, or train these runs alone",
             )
+        if config.train.compile or config.train.cuda_graph:
+            raise UsageError(
+                "runs that train together cannot be compiled or recorded (train.compile, train.cuda_graph)",
+                why="which run has how many rows changes from pass to pass",
+                fix="leave them out, or train these runs alone",
+            )
         if config.train.checkpointing and method.get("dropout"):
             raise UsageError(
                 "train.checkpointing and method.dropout do not go together with several runs",

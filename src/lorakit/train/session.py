@@ -37,6 +37,7 @@ from .config_file import dump
 from .controllers import CONTROLLERS, Controller, Nothing, Run, brought
 from .diagnostics import Diagnostics, Watching
 from .diagnostics import Nothing as NotWatching
+from .fixed import fixed_sizes
 from .learned import require_learned
 from .loop import Job, State, fit, restore
 from .measure import free_memory
@@ -137,6 +138,7 @@ class Session:
         before = State(**found.state["state"]) if found else State()
         job = self._job(self._open.enter_context(closing(self._records(before))))
         self._keep_prefix(job)
+        self._fix_sizes(job)
         if not found:
             return job, before
         state = restore(job, found.tensors, found.state)
@@ -305,6 +307,13 @@ class Session:
             self.say(self._open.enter_context(kept_prefix(job, job.team.count if alone else 1)).words)
         elif alone and (text := advice(job)):
             self.say(text)
+
+    def _fix_sizes(self, job: Job) -> None:
+        """Let passes be compiled or recorded, if that is asked for."""
+        options = self.config.train
+        if options.compile or options.cuda_graph:
+            chosen = fixed_sizes(job, compile=options.compile, cuda_graph=options.cuda_graph)
+            self.say(self._open.enter_context(chosen))
 
     def _diagnostics(self, optimizer: torch.optim.Optimizer, factors: Sequence[Factors]) -> Diagnostics:
         """Watch the run, if that is asked for."""

@@ -94,12 +94,12 @@ class Team:
             return float(own.detach()), torch.autograd.grad(own / weight, trained, allow_unused=True)
 
         results = self.each(differentiate, shares)
-        _add(trained, [gradients for _, gradients in results])
+        add_gradients(trained, [gradients for _, gradients in results])
         return sum(own for own, _ in results)
 
 
 @torch.no_grad()
-def _add(parameters: Sequence[nn.Parameter], gradients: Sequence[Sequence[Tensor | None]]) -> None:
+def add_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Sequence[Tensor | None]]) -> None:
     """Add the shares' gradients up, in their order, and to what is there."""
     for own in gradients:
         with_gradient = [(p, g) for p, g in zip(parameters, own, strict=True) if g is not None]

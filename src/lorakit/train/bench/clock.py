@@ -35,11 +35,11 @@ def measure(build: Build, work: Work, scratch: Path) -> dict[str, Any]:
     torch.set_num_threads(work.threads)
     arm = build(work, scratch)
     set_start(arm.factors)
-    loaded = peak_memory()
+    loaded = peak_memory(work.device)
     loss, norm, first = _first_step(arm, work)
     wall, cpu = [], []
     for _ in range(work.steps):
-        seconds = timed(arm.step)
+        seconds = timed(arm.step)  # a step gives its loss as a number, so a GPU has done it when it ends
         wall.append(seconds[0])
         cpu.append(seconds[1])
     return {
@@ -48,7 +48,7 @@ def measure(build: Build, work: Work, scratch: Path) -> dict[str, Any]:
         "first_step_wall": first,
         "wall": wall,
         "cpu": cpu,
-        "peak_memory": peak_memory(),
+        "peak_memory": peak_memory(work.device),
         "peak_memory_of_loading": loaded,
         "trainable": sum(p.numel() for p in arm.factors.values()),
         "threads": torch.get_num_threads(),
@@ -62,8 +62,13 @@ def timed(function: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def peak_memory() -> int:
-    """Give the most memory (bytes) this process alone has held: VmHWM where there is one, which knows no parent."""
+def peak_memory(device: str = "cpu") -> int:
+    """Give the most memory (bytes) held so far: on a GPU the tensors', on a processor that of this process alone.
+
+    That is VmHWM where there is one, which knows no parent.
+    """
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
     if found:

@@ -57,19 +57,22 @@ def measure_limit(work: "Work") -> dict[str, Any]:
 
     labelled = work.batch * sum(work.trained())
     needed = products(skeleton(Path(resolve(work.model)), dtype=work.dtype), work.tokens, labelled)
-    seconds = sum(product_seconds(product, getattr(torch, work.dtype)) for product in needed)
+    seconds = sum(product_seconds(product, getattr(torch, work.dtype), work.device) for product in needed)
     flops = sum(product.flops for product in needed)
     return {"flops": flops, "seconds": seconds, "rate": flops / seconds}
 
 
 @torch.no_grad()
-def product_seconds(product: Product, dtype: torch.dtype) -> float:
+def product_seconds(product: Product, dtype: torch.dtype, device: str = "cpu") -> float:
     """Measure the seconds that the product takes in all its layers, forward and backward: the best of several tries."""
-    weight = torch.randn(product.out, product.inner, dtype=dtype)
-    x, dy = torch.randn(product.rows, product.inner, dtype=dtype), torch.randn(product.rows, product.out, dtype=dtype)
+    weight, x, dy = (
+        torch.randn(shape, dtype=dtype, device=device)
+        for shape in ((product.out, product.inner), (product.rows, product.inner), (product.rows, product.out))
+    )
     y, dx = torch.empty_like(dy), torch.empty_like(x)
-    forward = _best(lambda: torch.mm(x, weight.T, out=y))
-    backward = _best(lambda: torch.mm(dy, weight, out=dx))
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    forward = _best(lambda: (torch.mm(x, weight.T, out=y), wait()))
+    backward = _best(lambda: (torch.mm(dy, weight, out=dx), wait()))
     return product.count * (forward + backward)
 
 

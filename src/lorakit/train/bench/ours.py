@@ -20,7 +20,7 @@ from .work import Work
 def build(work: Work, scratch: Path) -> Arm:
     """Load the model and attach as a run does."""
     config = configuration(work, scratch / "run")
-    base = load_base(config, "sft", Rows())
+    base = load_base(config, "sft", Rows(), work.device)
     directory = RunDirectory(config.output)
     directory.make()
     data = dataset(work, base.model.config.get_text_config().vocab_size)
@@ -28,6 +28,7 @@ def build(work: Work, scratch: Path) -> Arm:
     session._attach(None)
     with closing(session._records(State())) as records:  # an update writes none
         job = session._job(records)
+    session._fix_sizes(job)
     state = State()
 
     def step() -> tuple[float, float]:
@@ -53,7 +54,14 @@ def configuration(work: Work, output: Path) -> RunConfig:
         method=MethodConfig.of(method),
         optim=OptimConfig(lr=1e-4, schedule="constant", warmup=0.0, clip=None),
         train=TrainOptions(
-            task="sft", batch_size=work.batch, max_steps=work.steps + 1, save_steps=0, eval_steps=0, seed=work.seed
+            task="sft",
+            batch_size=work.batch,
+            max_steps=work.steps + 1,
+            save_steps=0,
+            eval_steps=0,
+            seed=work.seed,
+            compile=work.compile,
+            cuda_graph=work.cuda_graph,
         ),
         output=str(output),
     )

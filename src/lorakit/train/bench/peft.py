@@ -44,13 +44,13 @@ def load(work: Work) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(work.model, dtype=getattr(torch, work.dtype), local_files_only=True)
-    return model, model.config.get_text_config()
+    return model.to(work.device), model.config.get_text_config()
 
 
 def plain_loop(model: nn.Module, work: Work, vocabulary: int, factors: dict[str, nn.Parameter]) -> Arm:
     """Give the loop of a model whose trainable parameters are set: its own loss, backward, clip, AdamW."""
     rows = work.rows(vocabulary)
-    inputs, labels = torch.tensor(rows), torch.tensor(work.labelled(rows))
+    inputs, labels = (torch.tensor(ids, device=work.device) for ids in (rows, work.labelled(rows)))
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=True)
 

@@ -19,6 +19,8 @@ class Work:
     model: directory or built-in name; dtype: number format of the frozen weights
     labels: train all tokens, or the second half of each row, as if the first were a prompt
     method: lora or dora, of rank `rank`, on all linear layers
+    device: cpu or cuda, for every arm
+    compile, cuda_graph: how lorakit's arm runs (`train.compile`, `train.cuda_graph`)
     steps: steps that are timed, after one that warms up and is compared
     gradients: file for the gradients of that first step
     limit: whether to measure the machine's matrix multiplication as well
@@ -32,6 +34,9 @@ class Work:
     method: Literal["lora", "dora"] = "lora"
     rank: int = 16
     alpha: float = 32.0
+    device: Literal["cpu", "cuda"] = "cpu"
+    compile: bool = False
+    cuda_graph: bool = False
     steps: int = 3
     threads: int = 1
     seed: int = 0
