@@ -219,7 +219,6 @@ def test_compiled_once_for_each_size_and_not_for_each_block() -> None:
     "method",
     OTHERS,
     ids=[type(m).__name__ for m in OTHERS],
-    ids=lambda m: type(m).__name__,
 )
 def test_other_adapters(method: Any) -> None:
     model = model_of(method=method)

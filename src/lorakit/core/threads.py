@@ -1,9 +1,12 @@
 """How many threads do torch's operations."""
 
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+from torch import Tensor
+
+SMALL = 1 << 18  # numbers of a tensor below which one thread is done before a second one is awake
 
 
 @contextmanager
@@ -20,3 +23,13 @@ def threads(count: int) -> Generator[None]:
     finally:
         if before != count:
             torch.set_num_threads(before)
+
+
+def for_each_of(tensors: Sequence[Tensor]) -> AbstractContextManager[None]:
+    """Threads for operations that go over these tensors one by one, as sums of gradients and optimizers do: one, if they are small.
+
+    Measured with the 420 factors of a SmolLM2 (7 million numbers) on two cores: AdamW takes 13 ms with one thread, 17 with
+    two, and 260 with two of which one has its core taken away now and then, for each waits for the other 420 times.
+    """
+    few = sum(tensor.numel() for tensor in tensors) < SMALL * len(tensors)
+    return threads(1) if few else nullcontext()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..core.attach import use
 from ..core.errors import DivergenceError, UsageError
+from ..core.threads import for_each_of
 from ..data.dataset import Example
 from ..models.modes import evaluating
 from ..optim import Accumulating
@@ -206,14 +207,15 @@ def update(job: Job, state: State, window: Window) -> Course[tuple[float, float,
     parameters = job.parameters
     if state.step == 0:
         check_all_reached(job, parameters)
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, math.inf if job.clip is None else job.clip))
+    with for_each_of(parameters):
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, math.inf if job.clip is None else job.clip))
     check_finite(job, state, total / weight, norm, batches)
 
     def replay() -> float:
         seeds = [random_seed(job.seed, state.step, i) for i in range(len(batches))]
         return sum(float(batch_loss(job, s, b).detach()) for s, b in zip(seeds, batches, strict=True)) / weight
 
-    with job.diagnostics.update(state.step, total / weight, replay):
+    with job.diagnostics.update(state.step, total / weight, replay), for_each_of(parameters):
         job.optimizer.step()
     job.controller.after_update(state.step, job.optimizer)
     job.optimizer.zero_grad(set_to_none=True)

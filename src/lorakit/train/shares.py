@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..core.threads import threads
+from ..core.threads import for_each_of, threads
 
 Row = TypeVar("Row")
 Result = TypeVar("Result")
@@ -101,11 +101,12 @@ class Team:
 @torch.no_grad()
 def add_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Sequence[Tensor | None]]) -> None:
     """Add the shares' gradients up, in their order, and to what is there."""
-    for own in gradients:
-        with_gradient = [(p, g) for p, g in zip(parameters, own, strict=True) if g is not None]
-        there = [(p.grad, g) for p, g in with_gradient if p.grad is not None]
-        if there:
-            torch._foreach_add_(*map(list, zip(*there, strict=True)))
-        for p, g in with_gradient:
-            if p.grad is None:  # laid out as its parameter: fused optimizers take that for granted
-                p.grad = g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
+    with for_each_of(parameters):
+        for own in gradients:
+            with_gradient = [(p, g) for p, g in zip(parameters, own, strict=True) if g is not None]
+            there = [(p.grad, g) for p, g in with_gradient if p.grad is not None]
+            if there:
+                torch._foreach_add_(*map(list, zip(*there, strict=True)))
+            for p, g in with_gradient:
+                if p.grad is None:  # laid out as its parameter: fused optimizers take that for granted
+                    p.grad = g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
