@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakit.kernels import cross_entropy, gated, norm, rotary, triton_ops
+from lorakit.kernels import choice, cross_entropy, gated, norm, rotary, trials, triton_ops
 from lorakit.kernels.gated import GELU_TANH, SILU, Activation
 from lorakit.kernels.low_rank import LowRank, Projection, project
 
@@ -188,3 +188,16 @@ def test_a_projection_runs_with_either_prologue(name: str) -> None:
         results.append((y.detach(), *torch.autograd.grad(y.square().sum(), [*inputs, A, B])))
     for a, b in zip(*results, strict=True):
         assert (a - b).norm() <= 1e-6 * b.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("hidden", [576, 1161])
+def test_the_trials_on_a_gpu_would_find_them_right(hidden: int, dtype: torch.dtype) -> None:
+    """Not in bf16, of which the interpreter loses twice what torch does."""
+    place, offered = trials.Place(torch.device("cpu"), dtype, rows=7), choice.triton_kernels()
+    every = [trials.norm(place, hidden, wide=wide) for wide in (False, True)]
+    every += [trials.gate(place, 3 * hidden, activation) for activation in (SILU, GELU_TANH)]
+    every += [trials.rotation(place, 9, hidden // 18 * 2), trials.softmax(place, 17 * hidden)]
+    for trial in every:
+        assert choice.agrees(trial, getattr(offered, trial.name), getattr(choice.PLAIN, trial.name)), trial.name
+    assert choice.choose(every, timer=lambda run: 1.0).words.count("(1.0x)") == 6

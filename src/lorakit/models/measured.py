@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor
 
 from ..kernels import trials
@@ -21,7 +22,8 @@ def measured(
     choose: Callable[[list[Trial]], Choice] = choose,
 ) -> Choice:
     """Let the blocks run on what is chosen, if the model then still agrees with itself. `head`: None if the loss has logits."""
-    choice = choose(_trials(model, blocks, head))
+    with torch.cuda.device_of(next(model.parameters())):  # whose queue is timed; nothing without a GPU
+        choice = choose(_trials(model, blocks, head))
     for block in blocks:
         block.kernels = choice.kernels
     if blocks and not _holds(agree):
