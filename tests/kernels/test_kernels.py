@@ -169,24 +169,52 @@ def test_rotation_agrees_with_its_twin_and_back(dtype: torch.dtype) -> None:
         close(a, b, dtype)
 
 
+SOFTMAXES = {
+    "blocks": cross_entropy.BLOCKS,
+    "whole": cross_entropy.WHOLE,
+    "pieces": cross_entropy.WHOLE._replace(most=70),
+}
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("rows", [0, 1, 5, 128, 300])
-def test_cross_entropy_agrees_with_its_twin(dtype: torch.dtype, rows: int) -> None:
+@pytest.mark.parametrize("name", SOFTMAXES)
+def test_cross_entropy_agrees_with_its_twin(name: str, dtype: torch.dtype, rows: int) -> None:
     torch.manual_seed(0)
     h, W = torch.randn(rows, 16, dtype=dtype, requires_grad=True), torch.randn(50, 16, dtype=dtype)
     y = torch.randint(50, (rows,))
     pairs = []
-    for function in (cross_entropy.cross_entropy, cross_entropy.reference):
-        loss = function(h, W, y)
+    for losses in (cross_entropy.row_losses(h, W, y, SOFTMAXES[name]), cross_entropy.reference(h, W, y)):
+        loss = losses.sum()
         pairs.append((loss, torch.autograd.grad(loss / 7, h)[0]))
     for a, b in zip(*pairs, strict=True):
         close(a, b, dtype)
 
 
-def test_a_probability_that_fp32_loses_still_has_its_loss() -> None:
-    h, W = torch.tensor([[1.0]], requires_grad=True), torch.tensor([[0.0], [300.0]])
-    loss = cross_entropy.cross_entropy(h, W, torch.tensor([0]))
-    assert float(loss.detach()) == pytest.approx(300.0, rel=1e-6)
+def test_on_a_processor_the_loss_goes_by_blocks() -> None:
+    assert cross_entropy.usual(torch.device("cpu")) is cross_entropy.BLOCKS
+    assert cross_entropy.usual(torch.device("cuda")) is cross_entropy.WHOLE
+
+
+@pytest.mark.parametrize("name", SOFTMAXES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_probability_that_fp32_loses_still_has_its_loss(name: str, dtype: torch.dtype) -> None:
+    h = torch.tensor([[1.0], [0.5], [1.0]], dtype=dtype, requires_grad=True)
+    W, y = torch.tensor([[0.0], [300.0]], dtype=dtype), torch.tensor([0, 0, 1])
+    losses = cross_entropy.row_losses(h, W, y, SOFTMAXES[name])
+    assert losses.tolist() == [pytest.approx(300.0, rel=1e-6), pytest.approx(150.0, rel=1e-6), 0.0]
+    assert torch.autograd.grad(losses.sum(), h)[0].flatten().tolist() == [300.0, 300.0, 0.0]
+
+
+def test_away_from_a_processor_the_loss_asks_nothing_of_the_values() -> None:
+    """What does would make the device wait, and could not be recorded in a CUDA graph. Fake tensors have no values to ask."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+    with FakeTensorMode():
+        h, W, y = torch.randn(5, 16, requires_grad=True), torch.randn(50, 16), torch.zeros(5, dtype=torch.long)
+        cross_entropy.row_losses(h, W, y, cross_entropy.WHOLE).sum().backward()
+        with pytest.raises(DataDependentOutputException):
+            cross_entropy.row_losses(h, W, y, cross_entropy.BLOCKS)
 
 
 def test_plain_switches_everything_off_and_on_again() -> None:

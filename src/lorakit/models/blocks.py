@@ -25,11 +25,10 @@ from typing import Any, NamedTuple, Protocol, cast
 from torch import Tensor, nn
 
 from ..core.projection import hooked, projection
+from ..kernels.choice import PLAIN, Kernels
 from ..kernels.documents import Documents
-from ..kernels.gated import GELU_TANH, SILU, Activation, Gated
+from ..kernels.gated import GELU_TANH, SILU, Activation
 from ..kernels.low_rank import SAME, Projection, Prologue, applies, project
-from ..kernels.norm import RMSNorm
-from ..kernels.rotary import rotate
 
 
 @dataclass(frozen=True)
@@ -84,6 +83,8 @@ class FastBlock(nn.Module):
     """Mixin in front of a decoder layer's class."""
 
     family: Family
+    kernels: Kernels = PLAIN
+    """What it runs on; `accelerate` may give it others of its own."""
     self_attn: Any
     mlp: Any
     compiled: Callable[..., Tensor] | None = None
@@ -129,7 +130,7 @@ class FastBlock(nn.Module):
         x = self._added(x, [a], parts.o, SAME, "post_attention_layernorm")
         before = self._norm("pre_feedforward_layernorm" if self.family.sandwich else "post_attention_layernorm")
         gate_up = project([x], parts.gate_up, prologue=before)
-        gated = Gated(ACTIVATIONS[_activation(self.mlp.config)])
+        gated = self.kernels.gate(activation(self.mlp))
         return self._added(x, gate_up, parts.down, gated, "post_feedforward_layernorm")
 
     def _attend(
@@ -144,8 +145,8 @@ class FastBlock(nn.Module):
         own = {argument: operator.attrgetter(name)(attention) for argument, name in self.family.attention.items()}
         a, _ = _attention_function(attention)(
             attention,
-            rotate(q, cos, sin),
-            rotate(k, cos, sin),
+            self.kernels.rotate(q, cos, sin),
+            self.kernels.rotate(k, cos, sin),
             v.transpose(1, 2).contiguous(),  # or the whole of q, k, v would stay for the sake of v
             mask,
             dropout=attention.attention_dropout if attention.training else 0.0,
@@ -161,11 +162,11 @@ class FastBlock(nn.Module):
             return project(inputs, layer, prologue=prologue, residual=x)[0]
         return x + self.get_submodule(norm)(project(inputs, layer, prologue=prologue)[0])
 
-    def _norm(self, name: str) -> RMSNorm:
+    def _norm(self, name: str) -> Prologue:
         norm = cast(Any, self.get_submodule(name))
         if self.family.offset:
-            return RMSNorm(1.0 + norm.weight.float(), norm.eps, wide=True)
-        return RMSNorm(norm.weight, norm.variance_epsilon)
+            return self.kernels.norm(1.0 + norm.weight.float(), norm.eps, wide=True)
+        return self.kernels.norm(norm.weight, norm.variance_epsilon)
 
     def parts(self) -> Parts | None:
         """Give the seven layers as data, or None if one of them is not of that form or something wants to see it run."""
@@ -198,6 +199,11 @@ def _trains(x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return not args and kwargs.get("past_key_values") is None and not kwargs.get("output_attentions") and applies(x)
 
 
+def activation(mlp: Any) -> Activation:
+    """Give the activation of a fast block's feed-forward layer."""
+    return ACTIVATIONS[_activation(mlp.config)]
+
+
 def _activation(config: Any) -> str:
     named = vars(config)
     return named.get("hidden_activation") or named.get("hidden_act") or ""
@@ -228,4 +234,5 @@ def swap_back(model: nn.Module) -> None:
     """Give every fast block its own class back."""
     for block in model.modules():
         if isinstance(block, FastBlock):
+            vars(block).pop("kernels", None)
             block.__class__ = vars(type(block))["__plain_class__"]

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from ..core.projection import projection
 from ..kernels import cross_entropy
+from ..kernels.choice import PLAIN, TORCH, Choice
 from ..kernels.low_rank import plain
 from .blocks import FastBlock, draws, swap, swap_back
+from .measured import measured
 from .modes import evaluating
 
 if TYPE_CHECKING:
@@ -36,6 +38,8 @@ class Fast:
     """Whether the last block can be told which positions are needed."""
     separable: bool = False
     """Whether several threads can each train rows of their own at once: nothing remembers a pass or draws random numbers."""
+    choice: Choice = TORCH
+    """What the operations are; anything but torch's only on a GPU."""
 
     @property
     def words(self) -> str:
@@ -43,7 +47,8 @@ class Fast:
         if not self.blocks and not self.head:
             return "the model runs the ordinary way: neither its blocks nor its head are of a known form"
         blocks = f"{self.blocks} of {self.of} blocks fused" if self.blocks else "blocks run the ordinary way"
-        return f"{blocks}, " + ("loss without stored logits" if self.head else "logits as the model gives them")
+        head = "loss without stored logits" if self.head else "logits as the model gives them"
+        return "; ".join(filter(None, (f"{blocks}, {head}", self.choice.words)))
 
     def loss(
         self, model: "PreTrainedModel", inputs: dict[str, Tensor], rows: Tensor, targets: Tensor, **how: Any
@@ -60,7 +65,8 @@ class Fast:
             return surprise(logits, targets)
         kept = {"keep_rows": rows} if self.rows and model.training else {}
         hidden = cast(Any, model).base_model(**inputs, **how, **kept, use_cache=False).last_hidden_state[0]
-        return cross_entropy.row_losses(hidden if kept else hidden[rows], head, targets)
+        hidden = hidden if kept else hidden[rows]
+        return cross_entropy.row_losses(hidden, head, targets, self.choice.kernels.softmax)
 
 
 def surprise(logits: Tensor, targets: Tensor) -> Tensor:
@@ -87,7 +93,8 @@ def plain_head(model: "PreTrainedModel") -> Tensor | None:
 def accelerate(model: "PreTrainedModel") -> Fast:
     """Let `model` train the fast way as far as it is known, and prove on 16 tokens that nothing changes by it.
 
-    Compared are logits and the gradient of the embedded tokens. What does not agree is undone.
+    Compared are logits and the gradient of the embedded tokens. What does not agree is undone. On a GPU the operations are
+    chosen by trial (`measured.py`).
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     blocks = swap(model)
@@ -96,25 +103,31 @@ def accelerate(model: "PreTrainedModel") -> Fast:
         if blocks and not _agree(model, blocks):
             swap_back(model)
             blocks = []
-        head = _head_agrees(model)
+        head, choice = _head_agrees(model), TORCH
+        if model.device.type == "cuda" and (blocks or head):
+            choice = measured(model, blocks, plain_head(model) if head else None, lambda: _agree(model, blocks))
     finally:
         for p in trained:
             p.requires_grad = True
-    return _found(model, blocks, head)
+    return _found(model, blocks, head, choice)
 
 
-def presumed(model: "PreTrainedModel") -> Fast:
-    """Give what `accelerate` would, for a model without data (`skeleton`), where nothing can be proved."""
+def presumed(model: "PreTrainedModel", device: torch.device | None = None) -> Fast:
+    """Give what `accelerate` would, for a model without data (`skeleton`), where nothing can be proved or measured.
+
+    `device` is where it would run: the loss takes the logits in other pieces on a GPU.
+    """
     blocks, config = swap(model), cast(Any, model.config.get_text_config())
     capped = "final_logit_softcapping" in config.to_dict() and config.final_logit_softcapping is not None
-    return _found(model, blocks, bool(blocks) and not capped and plain_head(model) is not None)
+    choice = Choice(PLAIN._replace(softmax=cross_entropy.usual(device or model.device)))
+    return _found(model, blocks, bool(blocks) and not capped and plain_head(model) is not None, choice)
 
 
-def _found(model: "PreTrainedModel", blocks: list[FastBlock], head: bool) -> Fast:
+def _found(model: "PreTrainedModel", blocks: list[FastBlock], head: bool, choice: Choice) -> Fast:
     layers = cast(Any, model.config.get_text_config()).num_hidden_layers
     fused = sum(block.parts() is not None for block in blocks)  # none with an adapter of another form, or in 8 bits
     separable = head and fused == layers and not draws(model) and model.device.type in ("cpu", "meta")
-    return Fast(fused, layers, head, head and len(blocks) == layers, separable)
+    return Fast(fused, layers, head, head and len(blocks) == layers, separable, choice)
 
 
 def probe_tokens(model: "PreTrainedModel") -> Tensor:

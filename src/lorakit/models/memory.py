@@ -131,14 +131,16 @@ def _parameter_bytes(model: nn.Module) -> tuple[int, int]:
     return frozen, sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
 
 
-def _loss(model: "PreTrainedModel", rows: int, length: int, trained: int, packed: bool) -> Callable[[], Tensor]:
+def _loss(
+    model: "PreTrainedModel", rows: int, length: int, trained: int, packed: bool, place: torch.device
+) -> Callable[[], Tensor]:
     """The loss of a step, as training computes it."""
     ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
     if not model.can_generate():
         return lambda: summed(model(input_ids=ids).logits, ids[:, 0])
     kept = torch.zeros(trained, dtype=torch.long, device="meta")
     if packed:
-        fast, row = presumed(model), ids.view(1, -1)
+        fast, row = presumed(model, place), ids.view(1, -1)
         inputs = {"input_ids": row, "position_ids": row}
         return lambda: fast.loss(model, inputs, kept, kept, lengths=[length] * rows)
     decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
@@ -180,7 +182,7 @@ def _trace(model: "PreTrainedModel", rows: int, length: int, trained: int, packe
     try:
         counter = FlopCounterMode(display=False, custom_mapping=formulas)
         with _attention_without_data(model, place) as replaced, ledger, counter:
-            total = _loss(model, rows, length, trained, packed and replaced)()
+            total = _loss(model, rows, length, trained, packed and replaced, place)()
             trace.logits = max(0, ledger.live - trace.activations)
             trace.flops_forward = counter.get_total_flops()
             total.backward()
