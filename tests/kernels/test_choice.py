@@ -32,6 +32,9 @@ class Norm(norm.RMSNorm):
 OTHERS = Kernels(Norm, lambda a: Gated(a), lambda x, cos, sin: rotary.rotate(x, cos, sin), WHOLE)
 
 
+NAMES = ("norm", "gate", "rotate", "softmax")
+
+
 def clock(own: float, plain: float) -> Callable[[Callable[[], object]], float]:
     """A timer that runs what it times, ours first, and says what it is told."""
     said: Iterator[float] = iter([own, plain] * 4)
@@ -45,7 +48,7 @@ def clock(own: float, plain: float) -> Callable[[Callable[[], object]], float]:
 
 def test_the_faster_are_taken() -> None:
     chosen = choose(trials_of(), offered=lambda: OTHERS, timer=clock(1.0, 2.1))
-    assert chosen == Choice(OTHERS, "Triton: norm 2.1x, gate 2.1x, rotate 2.1x, softmax 2.1x")
+    assert chosen == Choice(OTHERS, "Triton: norm 2.1x, gate 2.1x, rotate 2.1x, softmax 2.1x", NAMES)
 
 
 @pytest.mark.parametrize("own", [1.0, 1.3, 0.99])
@@ -59,6 +62,18 @@ def test_each_is_chosen_by_itself() -> None:
     chosen = choose(trials_of(), offered=lambda: OTHERS, timer=lambda run: next(times))
     assert chosen.kernels == PLAIN._replace(norm=OTHERS.norm, rotate=OTHERS.rotate)
     assert chosen.words == "Triton: norm 2.0x, rotate 3.0x; torch: gate (0.5x), softmax (0.2x)"
+
+
+def test_what_was_chosen_before_is_not_timed_again() -> None:
+    def never(run: Callable[[], object]) -> float:
+        raise AssertionError("timed")
+
+    for known in ((), ("gate", "softmax"), NAMES):
+        chosen = choose(trials_of(), known, offered=lambda: OTHERS, timer=never)
+        assert chosen.names == known
+        assert chosen.kernels == PLAIN._replace(**{name: getattr(OTHERS, name) for name in known})
+    wrong = OTHERS._replace(norm=lambda w, eps, wide=False: Norm(2 * w, eps, wide=wide))
+    assert choose(trials_of(), NAMES, offered=lambda: wrong, timer=never).names == NAMES[1:]
 
 
 def test_what_is_not_tried_is_torchs() -> None:

@@ -62,7 +62,7 @@ def accelerated(model: nn.Module, chosen: Choice, *, agrees: bool = True) -> Fas
     fast = accelerate(model)  # type: ignore[arg-type]
     blocks = [m for m in model.modules() if isinstance(m, FastBlock)]
     head = plain_head(model) if fast.head else None  # type: ignore[arg-type]
-    return dataclasses.replace(fast, choice=measured(model, blocks, head, lambda: agrees, lambda trials: chosen))  # type: ignore[arg-type]
+    return dataclasses.replace(fast, choice=measured(model, blocks, head, lambda: agrees, choose=lambda *_: chosen))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma", "Gemma3", "Qwen3"])
@@ -97,7 +97,8 @@ def test_an_error_in_the_blocks_is_no_agreement() -> None:
     accelerate(model)
     blocks = [m for m in model.modules() if isinstance(m, FastBlock)]
     assert (
-        measured(model, blocks, None, broken, lambda trials: Choice(Counted().kernels, "")).kernels.norm is PLAIN.norm
+        measured(model, blocks, None, broken, choose=lambda *_: Choice(Counted().kernels, "")).kernels.norm
+        is PLAIN.norm
     )
     assert all(block.kernels is PLAIN for block in blocks)
 
@@ -110,12 +111,12 @@ def test_trials_are_those_of_the_model(name: str, head: bool) -> None:
     accelerate(model)
     blocks = [m for m in model.modules() if isinstance(m, FastBlock)]
 
-    def chooses(trials: list[Trial]) -> Choice:
+    def chooses(trials: list[Trial], known: Any) -> Choice:
         seen.extend(trials)
         return choose(trials, offered=lambda: counted.kernels, timer=lambda run: 1.0)
 
     weight = model.get_output_embeddings().weight if head else None
-    assert "Error" not in measured(model, blocks, weight, lambda: True, chooses).words
+    assert "Error" not in measured(model, blocks, weight, lambda: True, choose=chooses).words
     assert [trial.name for trial in seen] == ["norm", "gate", "rotate", "softmax"][: 3 + head]
     assert [t.shape[-1] for trial in seen for t in trial.make()[:1]] == [32, 48, 8, 64][: 3 + head]
     assert seen[1].make()[0].shape == (2048, 48) and seen[2].make()[0].shape == (1, 2048, 4, 8)
@@ -124,7 +125,7 @@ def test_trials_are_those_of_the_model(name: str, head: bool) -> None:
 def test_a_model_without_known_blocks_has_a_loss_to_choose() -> None:
     config = transformers.GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=64)
     model, seen = transformers.GPT2LMHeadModel(config), list[Trial]()
-    measured(model, [], model.lm_head.weight, lambda: True, lambda trials: seen.extend(trials) or TORCH)
+    measured(model, [], model.lm_head.weight, lambda: True, choose=lambda trials, _: seen.extend(trials) or TORCH)
     assert [trial.name for trial in seen] == ["softmax"]
 
 

@@ -149,7 +149,12 @@ def filled() -> dict[str, Tensor]:
 def pass_of(model: Any, buffers: dict[str, Tensor]) -> _Pass:
     """A pass on such buffers, where nothing can be proved on values."""
     model.set_attn_implementation(NAME)
-    one = _Pass(model, presumed(model), Size(48, 32, 6), [p for p in model.parameters() if p.requires_grad])
+    one = _Pass(
+        model,
+        presumed(model, torch.device("cuda")),
+        Size(48, 32, 6),
+        [p for p in model.parameters() if p.requires_grad],
+    )
     one.buffers = buffers
     return one
 
@@ -312,6 +317,21 @@ class NothingFromTheDevice(TorchDispatchMode):
         if name.startswith(("index", "_index_put")) and isinstance(args[1], list | tuple):
             assert all(i is None or i.dtype != torch.bool for i in args[1]), "a mask as an index"
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nor_going_back(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the processor, with the loss as a GPU has it. The attention is masked here: the one kernel of a GPU is torch's."""
+    enable_packing(model_of())
+    monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda *_: True)  # as it is while a GPU records
+    one = pass_of(model_of(family, torch.float32), filled())
+    with NothingFromTheDevice():
+        loss, gradients = one.run()
+    assert loss > 0 and all(g is not None and g.abs().sum() > 0 for g in gradients)
+    usual = _Pass(one.model, presumed(one.model), one.size, one.trained)
+    usual.buffers = one.buffers
+    with pytest.raises(AssertionError, match="local_scalar"), NothingFromTheDevice():
+        usual.run()  # a processor's loss looks at its values
 
 
 # ----------------------------------------------------------------------------------------------------------------- runs

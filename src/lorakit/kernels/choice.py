@@ -5,7 +5,7 @@ is tried on a `Trial` of the model's sizes (`trials.py`). Its results must be ri
 whatever goes wrong, means torch's.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +45,8 @@ class Choice(NamedTuple):
 
     kernels: Kernels = PLAIN
     words: str = ""
+    names: tuple[str, ...] = ()
+    """Of the operations that are Triton's."""
 
 
 TORCH = Choice()
@@ -85,24 +87,40 @@ def milliseconds(run: Callable[[], object]) -> float:
 
 
 def choose(
-    trials: Iterable[Trial], *, offered: Callable[[], Kernels] = triton_kernels, timer: Timer = milliseconds
+    trials: Iterable[Trial],
+    known: Collection[str] | None = None,
+    *,
+    offered: Callable[[], Kernels] = triton_kernels,
+    timer: Timer = milliseconds,
 ) -> Choice:
-    """Choose each operation of `trials` by itself; the others are torch's."""
-    taken, kept, chosen = [], [], PLAIN
+    """Choose each operation of `trials` by itself; the others are torch's.
+
+    known: the names that were chosen before, for a run that is resumed. They are not timed again, or a run would not go on as it
+    was; they must still be right.
+    """
+    taken, kept, names, chosen = [], [], [], PLAIN
     for trial in trials:
         try:
             own, plain = (getattr(kernels, trial.name) for kernels in (offered(), PLAIN))
-            ratio = _times_faster(trial, own, plain, timer) if agrees(trial, own, plain) else 0.0
-            said = f"{ratio:.1f}x" if ratio else "does not agree"
+            if known is not None and trial.name not in known:
+                ratio, said = 0.0, "as before"
+            elif not agrees(trial, own, plain):
+                ratio, said = 0.0, "does not agree"
+            elif known is not None:
+                ratio, said = WORTH, "as before"
+            else:
+                ratio = _times_faster(trial, own, plain, timer)
+                said = f"{ratio:.1f}x"
         except Exception as error:  # compilers and drivers raise whatever they like
             ratio, said = 0.0, type(error).__name__
         if ratio >= WORTH:
             chosen = chosen._replace(**{trial.name: own})
             taken.append(f"{trial.name} {said}")
+            names.append(trial.name)
         else:
             kept.append(f"{trial.name} ({said})")
     words = f"Triton: {', '.join(taken) or 'nothing'}" + (f"; torch: {', '.join(kept)}" if kept else "")
-    return Choice(chosen, words)
+    return Choice(chosen, words, tuple(names))
 
 
 def agrees(trial: Trial, own: Any, plain: Any) -> bool:

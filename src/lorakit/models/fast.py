@@ -5,6 +5,7 @@ the last hidden state and the frozen head without storing logits (`kernels/cross
 runs the ordinary way; `Fast.words` says which way it is.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -90,11 +91,11 @@ def plain_head(model: "PreTrainedModel") -> Tensor | None:
     return None if found is None or found.change is not None or found.bias is not None else found.matrix()
 
 
-def accelerate(model: "PreTrainedModel") -> Fast:
+def accelerate(model: "PreTrainedModel", known: Collection[str] | None = None) -> Fast:
     """Let `model` train the fast way as far as it is known, and prove on 16 tokens that nothing changes by it.
 
     Compared are logits and the gradient of the embedded tokens. What does not agree is undone. On a GPU the operations are
-    chosen by trial (`measured.py`).
+    chosen by trial (`measured.py`), or they are those `known` from before.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     blocks = swap(model)
@@ -105,7 +106,7 @@ def accelerate(model: "PreTrainedModel") -> Fast:
             blocks = []
         head, choice = _head_agrees(model), TORCH
         if model.device.type == "cuda" and (blocks or head):
-            choice = measured(model, blocks, plain_head(model) if head else None, lambda: _agree(model, blocks))
+            choice = measured(model, blocks, plain_head(model) if head else None, lambda: _agree(model, blocks), known)
     finally:
         for p in trained:
             p.requires_grad = True

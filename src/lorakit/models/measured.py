@@ -1,6 +1,6 @@
 """What a model on a GPU trains on: each operation torch's or Triton's, measured on this machine at this model's widths."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -19,18 +19,22 @@ def measured(
     blocks: Sequence[FastBlock],
     head: Tensor | None,
     agree: Callable[[], bool],
-    choose: Callable[[list[Trial]], Choice] = choose,
+    known: Collection[str] | None = None,
+    choose: Callable[[list[Trial], Collection[str] | None], Choice] = choose,
 ) -> Choice:
-    """Let the blocks run on what is chosen, if the model then still agrees with itself. `head`: None if the loss has logits."""
+    """Let the blocks run on what is chosen, if the model then still agrees with itself.
+
+    head: None if the loss has logits. known: what was chosen before, see `choose`.
+    """
     with torch.cuda.device_of(next(model.parameters())):  # whose queue is timed; nothing without a GPU
-        choice = choose(_trials(model, blocks, head))
+        choice = choose(_trials(model, blocks, head), known)
     for block in blocks:
         block.kernels = choice.kernels
     if blocks and not _holds(agree):
         for block in blocks:
             block.kernels = PLAIN
-        softmax = choice.kernels.softmax
-        return Choice(PLAIN._replace(softmax=softmax), f"{choice.words}; torch in the blocks, which do not agree")
+        softmax, words = choice.kernels.softmax, f"{choice.words}; torch in the blocks, which do not agree"
+        return Choice(PLAIN._replace(softmax=softmax), words, tuple({"softmax"}.intersection(choice.names)))
     return choice
 
 

@@ -95,6 +95,8 @@ class State:
     """Steps in a row with a loss no better than a uniform guess."""
     first_loss: float | None = None
     last_loss: float | None = None
+    kernels: list[str] | None = None
+    """The operations that are Triton's; None before it is known."""
     evaluation: dict[str, float] = field(default_factory=dict)
 
 

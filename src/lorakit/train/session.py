@@ -101,6 +101,7 @@ class Session:
         self.config, self.directory, self.base, self.data, self.valid = config, directory, base, data, valid
         self.stop, self.checks, self.adapter, self.beside = stop, list[str](), adapter, beside
         self._known_task, self._open, self._resumed_from = task, ExitStack(), None
+        self._kernels: list[str] | None = None
         lengths = data.lengths
         train = config.train
         self.steps = Steps(
@@ -134,14 +135,17 @@ class Session:
     def start(self) -> tuple[Job, State]:
         """Put the adapter on the model, as it starts or as a checkpoint holds it."""
         found = self._checkpoint()
-        self._attach(found)
         before = State(**found.state["state"]) if found else State()
+        self._kernels = before.kernels
+        self._attach(found)
         job = self._job(self._open.enter_context(closing(self._records(before))))
         self._keep_prefix(job)
         self._fix_sizes(job)
+        state = restore(job, found.tensors, found.state) if found else before
+        if isinstance(self.task, LanguageModelling):
+            state.kernels = list(self.task.fast.choice.names)
         if not found:
-            return job, before
-        state = restore(job, found.tensors, found.state)
+            return job, state
         self._resumed_from = state.step
         loss = f", loss {state.last_loss:.4f}" if state.last_loss is not None else ""
         self.say(f"resumed at step {state.step} of {job.steps.total}{loss}")
@@ -247,7 +251,7 @@ class Session:
             return Classification(len(self.data.labels or ()), pad)
         packed = enable_packing(model)
         self.say("rows are packed without padding" if packed else "this model cannot pack rows; they are padded")
-        fast = accelerate(model) if packed else ORDINARY
+        fast = accelerate(model, self._kernels) if packed else ORDINARY
         self.say(fast.words)
         return LanguageModelling(model.config.get_text_config().vocab_size, pad, packed=packed, fast=fast)
 
