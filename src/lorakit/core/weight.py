@@ -8,7 +8,7 @@ named after the package that its tensors come from, which registers these for it
 from functools import cache, singledispatch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .registry import BASES
 
@@ -17,6 +17,9 @@ from .registry import BASES
 def dense(weight: Tensor) -> Tensor:
     """Read a stored weight as a plain float tensor (no copy where it is one)."""
     return weight.detach()
+
+
+dense.dispatch(nn.Parameter)  # fills its cache: torch.compile compiles a second time if that was empty at the first
 
 
 @singledispatch
