@@ -8,6 +8,7 @@ trains other tokens, or lets padding or a neighbour in the same row into the att
 import csv
 import json
 import random
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,21 @@ RATE = 1e-8
 WARM = 2  # steps that are not timed; lorakit's test save falls into the second
 
 
-def prepare(data: Path, rows: int, model: str, directory: Path) -> dict[str, Any]:
-    """Write the first `rows` rows of a fixed shuffle as chats, and as the tokens and labels lorakit makes of them."""
+def prepare(data: Path, rows: int, model: str, directory: Path, turns: Sequence[int] = (1,)) -> dict[str, Any]:
+    """Write `rows` chats of a fixed shuffle, and the tokens and labels lorakit makes of them.
+
+    turns: how many questions and answers a chat has, for one chat after the other, over and over; then all are shuffled.
+    """
     from transformers import AutoTokenizer
 
     from lorakit.data import encode, read
 
     with (data / "devset.csv").open(newline="", encoding="utf-8") as lines:
-        chosen = random.Random(0).sample(list(csv.DictReader(lines)), rows)
-    chats = [
-        {"messages": [{"role": "user", "content": row["mr"]}, {"role": "assistant", "content": row["ref"]}]}
-        for row in chosen
-    ]
+        table = list(csv.DictReader(lines))
+    draw, counts = random.Random(0), [turns[i % len(turns)] for i in range(rows)]
+    chosen = iter(draw.sample(table, sum(counts)))
+    chats = [{"messages": [message for _ in range(count) for message in _turn(next(chosen))]} for count in counts]
+    draw.shuffle(chats)
     file = directory / "train.jsonl"
     file.write_text("".join(json.dumps(chat) + "\n" for chat in chats), encoding="utf-8")
     encoded = encode(read(file), AutoTokenizer.from_pretrained(model))
@@ -42,6 +46,10 @@ def prepare(data: Path, rows: int, model: str, directory: Path) -> dict[str, Any
         "longest": max(encoded.lengths),
         "fingerprint": encoded.fingerprint,
     }
+
+
+def _turn(row: dict[str, str]) -> list[dict[str, str]]:
+    return [{"role": "user", "content": row["mr"]}, {"role": "assistant", "content": row["ref"]}]
 
 
 def ours(job: dict[str, Any], scratch: Path) -> dict[str, Any]:

@@ -108,17 +108,23 @@ FIGURES: dict[str, Callable[[Work, dict[str, Any]], list[float]]] = {
 }
 
 
-def data_row(options: Options, arms: Sequence[str], runs: int, targets: Mapping[tuple[str, str], Target]) -> Any:
+def data_row(
+    options: Options,
+    arms: Sequence[str],
+    runs: int,
+    targets: Mapping[tuple[str, str], Target],
+    turns: Sequence[int] = (1,),
+) -> Any:
     """Make one pass over the same chats with each arm."""
     import _peer_data
     import torch
 
     if options.data is None:
         return {"skipped": "needs --data, the E2E challenge's directory with devset.csv"}
-    directory = options.scratch / "chats"
+    directory = options.scratch / f"chats-{'-'.join(map(str, turns))}"
     directory.mkdir(exist_ok=True)
-    rows = 24 if options.quick else options.rows
-    facts = _peer_data.prepare(options.data, rows, options.model, directory)
+    rows = 24 if options.quick else options.rows // (1 if len(turns) == 1 else 2)
+    facts = _peer_data.prepare(options.data, rows, options.model, directory, turns)
     batch = 8 if not options.quick else 4
     budget = -(-batch * facts["tokens"] // rows // 64) * 64  # as many tokens as a batch of the others has on average
     extra = {"directory": str(directory), "batch": batch, "budget": budget, "cuda": torch.cuda.is_available()}

@@ -89,6 +89,17 @@ ROWS: dict[str, Row] = {
             {**_faster(4.0, peer="PEFT + Trainer"), **_faster(4.0, peer="TRL"), **_faster(2.0, peer="TRL, packed")},
         ),
     ),
+    "talks": Row(
+        SAME_DATA,
+        "E2E as chats of 1 to 8 turns, prompts masked, one pass",
+        lambda options: data_row(
+            options,
+            ["data PEFT + Trainer", "data TRL", "data TRL, packed"],
+            1,
+            {**_faster(4.0, peer="PEFT + Trainer"), **_faster(4.0, peer="TRL"), **_faster(2.0, peer="TRL, packed")},
+            turns=(1, 1, 1, 2, 2, 3, 5, 8),
+        ),
+    ),
     "attach": Row(
         AROUND,
         "attach to 7,000 linear layers",
@@ -246,8 +257,9 @@ WORDS = {
         "the first step not timed. Peers use AdamW's fused form and no attention mask.\n"
     ],
     SAME_DATA: [
-        "Every arm reads the same chats, once, and trains the same tokens. lorakit packs rows to a budget of tokens "
-        "(the mean of the others' batches); the others have 8 rows a batch, TRL packed one row of the budget's length. "
+        "Every arm reads the same chats, once, and trains the same tokens: rows of E2E's development set, one a chat "
+        "(lengths differ little) or 1, 1, 1, 2, 2, 3, 5 and 8 of them. lorakit packs rows to a budget of tokens (the mean "
+        "of the others' batches); the others have 8 rows a batch, TRL packed one row of the budget's length. "
         "tokens/s counts no padding. The first two steps are not timed.\n"
     ],
     AROUND: ["Processor seconds of one process, unless said otherwise.\n"],
