@@ -108,40 +108,39 @@ class FixedTeam(Team):
             self._passes.clear()
             self._memory = memory
         size = self.sizes.fitting(size_of(rows))
-        known = self._passes.get(size)
-        one = known or _Pass(self.model, self.fast, size, trained)
-        one.fill(rows, weight)
-        if known is None:
+        if size not in self._passes:
+            expected = _ordinary(loss(rows), weight, trained)  # first: what it took is free again for the recording
+            one = _Pass(self.model, self.fast, size, trained)
+            one.fill(rows, weight)
             one.again = self.record(one.run)
-        own, gradients = one.again()
-        if known is None:
-            self._prove(own, gradients, loss(rows), weight, trained)
+            own, gradients = one.again()
+            _prove((own, gradients), expected, self.model.dtype)
             self._passes[size] = one
+        else:
+            self._passes[size].fill(rows, weight)
+            own, gradients = self._passes[size].again()
         add_gradients(trained, [gradients])
         return float(own)
 
-    def _prove(
-        self,
-        own: Tensor,
-        gradients: Sequence[Tensor | None],
-        loss: Tensor,
-        weight: int,
-        trained: Sequence[nn.Parameter],
-    ) -> None:
-        dtype = self.model.dtype
-        expected = torch.autograd.grad(loss / weight, list(trained), allow_unused=True)
-        off, size = 0.0, 0.0
-        for found, right in zip(gradients, expected, strict=True):
-            found, right = (torch.zeros(()) if g is None else g.detach().double().cpu() for g in (found, right))
-            off, size = off + float((found - right).square().sum()), size + float(right.square().sum())
-        relative = math.sqrt(off / size) if size else off
-        away = abs(float(own) - float(loss.detach())) / max(abs(float(loss.detach())), 1e-9)
-        if not (away <= _LOSS[dtype] and relative <= _GRADIENT[dtype]):
-            raise CheckError(
-                f"a pass of fixed size differs from the ordinary one: loss by {away:.1e}, gradient by {relative:.1e}",
-                why="compiled or recorded, the model computes something else on this machine; nothing was updated",
-                fix="leave train.compile and train.cuda_graph out",
-            )
+
+def _ordinary(loss: Tensor, weight: int, trained: Sequence[nn.Parameter]) -> Result:
+    return loss.detach(), list(torch.autograd.grad(loss / weight, list(trained), allow_unused=True))
+
+
+def _prove(found: Result, expected: Result, dtype: torch.dtype) -> None:
+    """Raise CheckError if a pass did not come to the loss and the gradient that are expected."""
+    off, size = 0.0, 0.0
+    for one, other in zip(found[1], expected[1], strict=True):
+        own, right = (torch.zeros(()) if g is None else g.detach().double().cpu() for g in (one, other))
+        off, size = off + float((own - right).square().sum()), size + float(right.square().sum())
+    relative = math.sqrt(off / size) if size else off
+    away = abs(float(found[0]) - float(expected[0])) / max(abs(float(expected[0])), 1e-9)
+    if not (away <= _LOSS[dtype] and relative <= _GRADIENT[dtype]):
+        raise CheckError(
+            f"a pass of fixed size differs from the ordinary one: loss by {away:.1e}, gradient by {relative:.1e}",
+            why="compiled or recorded, the model computes something else on this machine; nothing was updated",
+            fix="leave train.compile and train.cuda_graph out",
+        )
 
 
 class _Pass:
