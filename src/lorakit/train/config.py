@@ -133,7 +133,8 @@ class TrainOptions:
     checkpointing: recompute activations in the backward pass, which saves memory and costs time: of all blocks (true), of the
         lowest so many, of as few as the free memory allows (auto)
     cache_prefix: run the blocks below the lowest adapter in the first epoch only, and keep what they give for each row on disk
-    compile: compile the model's blocks (torch.compile); micro-batches are filled up to a few fixed sizes then
+    compile: run the model's blocks by torch.compile instead of by fused operations; micro-batches are filled up to a few fixed
+        sizes then. For GPUs: on a processor it takes twice the time
     cuda_graph: record a micro-batch of each size once and replay it: for small models on an NVIDIA GPU, which wait for Python
     keep_checkpoints: how many of the newest checkpoints stay on disk
     track: also record to tensorboard or trackio (metrics.jsonl is always written)
