@@ -194,7 +194,7 @@ def tiny_language(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is proved about the model again each time, and nothing has to outlive a crash."""
     monkeypatch.setattr(session, "enable_packing", lambda model: PACKED[-1])
-    monkeypatch.setattr(session, "accelerate", lambda model: ORDINARY)
+    monkeypatch.setattr(session, "accelerate", lambda model, known: ORDINARY)
     monkeypatch.setattr(files, "sync", lambda path: None)
 
 

@@ -95,7 +95,7 @@ def test_three_runs_at_once_are_the_three_runs(
     if not fused:
         from lorakit.models.fast import ORDINARY
 
-        monkeypatch.setattr("lorakit.train.session.accelerate", lambda model: ORDINARY)
+        monkeypatch.setattr("lorakit.train.session.accelerate", lambda model, known: ORDINARY)
     changes = {"data__valid": 0.2, "train__eval_steps": 2, "eval__prompts": ["3 plus 2?"], "eval__max_tokens": 3}
     alone, many = configure("alone", **changes), configure("many", **changes)
     results = together(many)
