@@ -118,7 +118,7 @@ def test_a_filled_up_micro_batch() -> None:
     assert found["input_ids"].tolist() == [[*ids, 0, 0, 0]]
     assert found["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 1, 2]]
     assert found["ends"].tolist() == [0, 4, 7, 10, 10] and found["ends"].dtype == torch.int32
-    assert found["rows"].tolist() == [1, 2, 5, 0, 0] and found["counted"].tolist() == [1, 1, 1, 0, 0]
+    assert found["rows"].tolist() == [1, 2, 5, 0, 1] and found["counted"].tolist() == [1, 1, 1, 0, 0]
     assert found["targets"].tolist()[:3] == [ids[2], ids[3], ids[6]]
     exact = collate_fixed(rows, Size(7, 3, 3))
     assert exact["ends"].tolist() == [0, 4, 7, 7] and exact["rows"].tolist() == [1, 2, 5]
@@ -130,16 +130,18 @@ def test_a_filled_up_micro_batch() -> None:
 )
 def test_every_batch_has_a_size_and_there_are_few(batches: list[list[int]], later: list[int]) -> None:
     rows = [examples(*lengths) for lengths in batches]
-    sizes = Sizes.of(rows)
-    found = {sizes.fitting(size_of(own)) for own in rows}
-    assert len({size.tokens for size in found}) <= 6 and len({size.rows for size in found}) <= 3
+    sizes = Sizes(rows)
+    assert len(sizes.examples) <= 6 and list(sizes.examples) == sorted(sizes.examples, reverse=True)
+    assert all(sizes.fitting(size_of(example)) == size for size, example in sizes.examples.items())
+    assert {sizes.fitting(size_of(own)) for own in rows} == set(sizes.examples)
     for own in [*rows, examples(*later)]:  # a later batch may be larger than any of the first epoch
         size, fitted = size_of(own), sizes.fitting(size_of(own))
-        assert fitted.tokens >= size.tokens and fitted.rows >= size.rows and fitted.documents >= size.documents
-        assert fitted.tokens - size.tokens < sizes.steps.tokens and sizes.fitting(fitted) == fitted
+        assert fitted.tokens >= size.tokens and fitted.rows >= size.rows and fitted.documents > size.documents
+        assert fitted.tokens - size.tokens < sizes.tokens
 
 
 OTHERS = [lk.LoRA(r=2, init="pissa"), lk.DoRA(r=2), lk.LoRAFA(r=2), lk.OFT(r=4, oft_block_size=0)]
+BATCHES = [examples(9, 12, 4), examples(40, 45)]  # 32 tokens and 96, in steps of 16
 
 
 def filled() -> dict[str, Tensor]:
@@ -149,12 +151,8 @@ def filled() -> dict[str, Tensor]:
 def pass_of(model: Any, buffers: dict[str, Tensor]) -> _Pass:
     """A pass on such buffers, where nothing can be proved on values."""
     model.set_attn_implementation(NAME)
-    one = _Pass(
-        model,
-        presumed(model, torch.device("cuda")),
-        Size(48, 32, 6),
-        [p for p in model.parameters() if p.requires_grad],
-    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    one = _Pass(model, presumed(model, torch.device("cuda")), Size(48, 32, 6), trained)
     one.buffers = buffers
     return one
 
@@ -168,7 +166,7 @@ def test_a_fixed_pass_is_the_ordinary_one(family: str) -> None:
     model = model_of(family, torch.float64 if exact else torch.float32)
     task = task_of(model)
     assert task.fast.rows
-    team = FixedTeam(model, task.fast, Sizes(Size(48, 16, 6)))
+    team = FixedTeam(model, task.fast, Sizes(BATCHES))
     for lengths in ([9, 12, 4], [30], [5, 5, 5, 5, 5], [40, 20]):  # sizes come again, with other contents
         rows = examples(*lengths)
         for weight in (1, 17):
@@ -177,7 +175,7 @@ def test_a_fixed_pass_is_the_ordinary_one(family: str) -> None:
                 ordinary(model, task, rows, weight),
                 rtol=1e-6 if exact else 1e-4,
             )
-    assert len(team._passes) == 3  # 48 tokens with 16 and with 32 rows, 96
+    assert {size.tokens for size in team._passes} == {32, 64, 96}
 
 
 @compiling
@@ -193,7 +191,7 @@ def test_a_compiled_pass_is_the_ordinary_one(family: str, backend: str) -> None:
     torch.compiler.reset()
     model = model_of(family, torch.float32)
     task = task_of(model)
-    team = FixedTeam(model, task.fast, Sizes(Size(48, 16, 6)))
+    team = FixedTeam(model, task.fast, Sizes(BATCHES))
     with compiled_blocks(model, backend) as count:
         assert count == 3
         for lengths in ([9, 12, 4], [5, 5, 5, 5, 5], [40, 20]):
@@ -213,11 +211,13 @@ def test_compiled_once_for_each_size_and_not_for_each_block() -> None:
 
     model = model_of(dtype=torch.float32)
     task = task_of(model)
-    team = FixedTeam(model, task.fast, Sizes(Size(32, 16, 6)))
+    every = [examples(16 * n, 16 * n) for n in range(1, 7)]  # as many sizes as there may be
+    team = FixedTeam(model, task.fast, Sizes(every))
     with compiled_blocks(model, backend):  # ty: ignore[invalid-argument-type]
-        for lengths in ([9, 12, 4], [30], [6, 6, 6], [50], [20, 20]):
-            through(team, model, task, examples(*lengths), 1)
-    assert 2 <= len(graphs) <= 4, "2 sizes; the first block may be one of its own, its input needs no gradient"
+        for rows in [*every, *every]:
+            through(team, model, task, rows, 1)
+    assert len(team._passes) == 6
+    assert len(graphs) == 12, "six sizes; the first block is one of its own, its input needs no gradient"
 
 
 @pytest.mark.parametrize(
@@ -228,41 +228,69 @@ def test_compiled_once_for_each_size_and_not_for_each_block() -> None:
 def test_other_adapters(method: Any) -> None:
     model = model_of(method=method)
     task = task_of(model)
-    team = FixedTeam(model, task.fast, Sizes(Size(48, 16, 6)))
+    team = FixedTeam(model, task.fast, Sizes(BATCHES))
     for lengths in ([9, 12, 4], [5, 5, 5, 5, 5]):
         assert_same(
             through(team, model, task, examples(*lengths), 3), ordinary(model, task, examples(*lengths), 3), 1e-5
         )
 
 
-def test_gradients_add_up_and_a_recording_is_made_once() -> None:
-    made = []
+class Recording:
+    """As a CUDA graph does: it gives the same memory every time, and knows nothing of the values that it was made with."""
 
-    def record(work: Callable[[], Any]) -> Callable[[], Any]:
-        loss, _ = work()  # what a replay writes to
-        made.append(loss)
+    def __init__(self) -> None:
+        self.made = 0
+
+    def __call__(self, work: Callable[[], Any]) -> Callable[[], Any]:
+        loss, gradients = work()
+        self.made += 1
 
         def again() -> Any:
             own, new = work()
             loss.copy_(own)
-            return loss, [g.clone() for g in new]
+            for g, n in zip(gradients, new, strict=True):
+                g.copy_(n)
+            return loss, [g.clone() for g in gradients]
 
         return again
 
+
+def test_gradients_add_up_and_all_sizes_are_recorded_at_the_first_step() -> None:
     model = model_of()
     task = task_of(model)
-    team = FixedTeam(model, task.fast, Sizes(Size(48, 16, 6)), record)
+    record = Recording()
+    team = FixedTeam(model, task.fast, Sizes(BATCHES), record)
     rows, more = examples(9, 9), examples(7, 3)
     trained = [p for p in model.parameters() if p.requires_grad]
     for own in (rows, more):
         team.backward(lambda r: task.loss(model, r)[0], [own], 5, trained)
-    assert len(made) == 1
+        assert record.made == (2 if own is rows else 3), "those of the first epoch; a smaller one when it comes"
     expected = [ordinary(model, task, own, 5)[1] for own in (rows, more)]
     for p, a, b in zip(trained, *expected, strict=True):
         torch.testing.assert_close(p.grad, a + b, rtol=1e-6, atol=1e-9)
     trained[0].data = trained[0].data.clone()  # as a controller does that changes ranks
-    team.backward(lambda r: task.loss(model, r)[0], [rows], 5, trained)
-    assert len(made) == 2
+    with pytest.raises(CheckError, match="replaced during the run"):
+        team.backward(lambda r: task.loss(model, r)[0], [rows], 5, trained)
+
+
+def test_what_a_recording_keeps_of_its_rows_is_found() -> None:
+    def stuck(work: Callable[[], Any]) -> Callable[[], Any]:
+        result = work()
+        return lambda: result
+
+    model = model_of()
+    task = task_of(model)
+    with pytest.raises(CheckError, match="differs from the ordinary one"):
+        through(FixedTeam(model, task.fast, Sizes(BATCHES), stuck), model, task, examples(9, 12), 1)
+
+
+def test_a_loss_that_is_not_finite_is_the_loops_to_report() -> None:
+    model = model_of()
+    task = task_of(model)
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).fill_(torch.nan)
+    loss, _ = through(FixedTeam(model, task.fast, Sizes(BATCHES)), model, task, examples(9, 12), 1)
+    assert loss != loss
 
 
 def test_a_pass_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +302,7 @@ def test_a_pass_that_computes_something_else_is_refused(monkeypatch: pytest.Monk
         return alone(documents.Documents(ends.ends[[0, -1]]), tokens, window)
 
     monkeypatch.setattr(documents, "allowed", across)
-    team = FixedTeam(model, task.fast, Sizes(Size(48, 16, 6)))
+    team = FixedTeam(model, task.fast, Sizes(BATCHES))
     with pytest.raises(CheckError, match="differs from the ordinary one"):
         through(team, model, task, examples(9, 12, 4), 1)
     assert all(p.grad is None for p in model.parameters())
@@ -349,7 +377,7 @@ def settings(model: Path, data: Path, output: Path, **more: Any) -> Any:
         "train.save_steps": 0,
         "output": str(output),
     } | {key.replace("__", "."): value for key, value in more.items()}
-    return loads("", [f"{key}={json.dumps(value)}" for key, value in tree.items()])[0]
+    return loads("", [f"{key}={json.dumps(value)}" for key, value in tree.items() if value is not ...])[0]
 
 
 def losses(output: Path) -> list[float]:
@@ -376,6 +404,11 @@ def test_a_compiled_run_is_the_run(
     [
         ({"train__cuda_graph": True}, "the model is on cpu"),
         ({"train__compile": True, "method__dropout": 0.1}, "dropout draws"),
+        (
+            {"train__compile": True, "method__name": "boft", "method__r": ..., "method__boft_dropout": 0.5},
+            "dropout draws",
+        ),
+        ({"train__compile": True, "train__diagnose": True}, "train.diagnose compares"),
         ({"train__compile": True, "train__controller": "relora", "train__max_steps": 40}, "controller"),
         ({"train__compile": True, "train__checkpointing": True}, "recomputed"),
         ({"train__compile": True, "train__cache_prefix": True, "method__last_n_layers": 1}, "cache_prefix"),
@@ -400,7 +433,7 @@ def test_a_recorded_pass_is_the_ordinary_one(dtype: torch.dtype) -> None:
 
     model = model_of(dtype=dtype).cuda()
     task = task_of(model)
-    team = FixedTeam(model, task.fast, Sizes(Size(48, 16, 6)), CudaGraphs())
+    team = FixedTeam(model, task.fast, Sizes(BATCHES), CudaGraphs())
     for lengths in ([9, 12, 4], [30], [5, 5, 5, 5, 5], [40, 20], [8, 8]):
         rows, tolerance = examples(*lengths), 1e-5 if dtype == torch.float32 else 2e-2
         found, expected = through(team, model, task, rows, 7), ordinary(model, task, rows, 7)

@@ -96,6 +96,11 @@ class AbstractAdapter(nn.Module, ABC):
     selected: bool = False
     """Whether the layer is one of those that a `Selective` method treats in its other way."""
 
+    @property
+    def draws(self) -> bool:
+        """Whether it draws random numbers in training by other means than `nn.Dropout`."""
+        return False
+
     @abstractmethod
     def start(self, base: Base, statistics: Statistics | None = None) -> None:
         """Fill the parameters with their start values. `statistics` are what was measured of this layer, if anything."""

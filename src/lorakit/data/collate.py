@@ -47,7 +47,8 @@ def collate_fixed(examples: Sequence[Example], size: Size) -> dict[str, Tensor]:
     """Put rows behind each other and fill them up to `size`, which must be as large as theirs.
 
     input_ids, position_ids (1, tokens); ends (documents + 1,) int32: where each document ends, after a 0; rows, targets
-    (rows,): the positions that predict a trained token, and that token; counted (rows,): 1 where there is one, 0 in the filling.
+    (rows,): the positions that predict a trained token, and that token; counted (rows,): 1 where there is one, 0 in the filling
+    (whose positions differ: a GPU adds up the gradients of one position one after the other).
     """
     inputs, lengths = collate_packed(examples)
     labels = inputs.pop("labels")[0]
@@ -59,7 +60,7 @@ def collate_fixed(examples: Sequence[Example], size: Size) -> dict[str, Tensor]:
     return {
         **{name: torch.cat([values, filling[name].long()], 1) for name, values in inputs.items()},
         "ends": torch.tensor(ends, dtype=torch.int32),
-        "rows": torch.cat([rows, rows.new_zeros(spare)]),
+        "rows": torch.cat([rows, torch.arange(spare) % size.tokens]),
         "targets": torch.cat([labels[rows + 1], rows.new_zeros(spare)]),
         "counted": torch.cat([torch.ones(len(rows)), torch.zeros(spare)]),
     }

@@ -4,7 +4,7 @@
 
 A list of lengths makes operations of its own sizes for every way of packing. A compiled block and a recorded CUDA graph are one
 sequence of operations on fixed sizes: here these are the number of tokens T and of ends, and every packing of T tokens fits.
-On a GPU in 16 bits it is one kernel (torch.nn.attention.varlen, FlashAttention); elsewhere a (T, T) mask, made of the ends.
+On a GPU in 16 bits it is one kernel (torch.nn.attention.varlen: FlashAttention or cuDNN); elsewhere a (T, T) mask, made of the ends.
 """
 
 import functools
@@ -18,16 +18,20 @@ from torch import Tensor
 
 
 class Documents(NamedTuple):
-    """ends: (n + 1,) int32, 0 and then where each document ends, the last one at T; it repeats for documents there are not."""
+    """ends: (n + 1,) int32, 0 and then where each document ends, the last one at T; it repeats for documents there are not.
+
+    kernel: `varlen_kernel()`, looked up by who makes it: torch.compile does not see through a cache.
+    """
 
     ends: Tensor
+    kernel: Callable[..., Tensor] | None = None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, window: int | None = None) -> Tensor:
     """Give o (1, T, H, D) of q (1, H, T, D), k and v (1, H_kv, T, D)."""
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and (kernel := varlen_kernel()):
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and documents.kernel is not None:
         back = -1 if window is None else window - 1
-        return one_kernel(kernel, q, k, v, documents.ends, q.shape[2], scale, back)
+        return one_kernel(documents.kernel, q, k, v, documents.ends, q.shape[2], scale, back)
     mask = allowed(documents, q.shape[2], window)
     grouped = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)

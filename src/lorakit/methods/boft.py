@@ -117,6 +117,11 @@ class BOFTAdapter(AbstractAdapter):
         """Give the blocks of all factors (m, n, b, b)."""
         return cayley((self.boft_R - self.boft_R.mT) / 2)
 
+    @property
+    def draws(self) -> bool:
+        """Whether it drops blocks at random in training."""
+        return self.config.boft_dropout > 0
+
     def dropout(self, R: Tensor) -> Tensor:
         """Make some blocks of one factor the identity, in training."""
         if not self.training or not self.config.boft_dropout:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, Protocol, cast
 
 from torch import Tensor, nn
 
+from ..core.adapter import AbstractAdapter
 from ..core.projection import hooked, projection
 from ..kernels.choice import PLAIN, Kernels
 from ..kernels.documents import Documents
@@ -189,7 +190,9 @@ class FastBlock(nn.Module):
 def draws(module: nn.Module) -> bool:
     """Whether anything in a module is dropped at random in training."""
     return any(
-        (isinstance(m, nn.Dropout) and m.p) or (isinstance(m, FastBlock) and m.self_attn.attention_dropout)
+        (isinstance(m, nn.Dropout) and m.p)
+        or (isinstance(m, FastBlock) and m.self_attn.attention_dropout)
+        or (isinstance(m, AbstractAdapter) and m.draws)
         for m in module.modules()
     )
 

@@ -25,7 +25,10 @@ def compiled_blocks(model: "PreTrainedModel", backend: str = "inductor") -> Gene
     for block in blocks:
         block.compiled = _compiled(block, backend)
     try:
-        yield len(blocks)
+        # All blocks are one piece of code: a program for each size, twice (the first block's input needs no gradient), more where
+        # blocks differ in their window. Over its limit torch would run the rest uncompiled and only log it.
+        with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+            yield len(blocks)
     finally:
         for block in blocks:
             block.compiled = None

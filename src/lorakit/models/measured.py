@@ -28,6 +28,7 @@ def measured(
     """
     with torch.cuda.device_of(next(model.parameters())):  # whose queue is timed; nothing without a GPU
         choice = choose(_trials(model, blocks, head), known)
+        _forget(model.device)
     for block in blocks:
         block.kernels = choice.kernels
     if blocks and not _holds(agree):
@@ -36,6 +37,13 @@ def measured(
         softmax, words = choice.kernels.softmax, f"{choice.words}; torch in the blocks, which do not agree"
         return Choice(PLAIN._replace(softmax=softmax), words, tuple({"softmax"}.intersection(choice.names)))
     return choice
+
+
+def _forget(device: torch.device) -> None:
+    """Give the trials' memory back, and let the peak be that of training."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _trials(model: "PreTrainedModel", blocks: Sequence[FastBlock], head: Tensor | None) -> list[Trial]:

@@ -101,7 +101,6 @@ class Session:
         self.config, self.directory, self.base, self.data, self.valid = config, directory, base, data, valid
         self.stop, self.checks, self.adapter, self.beside = stop, list[str](), adapter, beside
         self._known_task, self._open, self._resumed_from = task, ExitStack(), None
-        self._kernels: list[str] | None = None
         lengths = data.lengths
         train = config.train
         self.steps = Steps(
@@ -134,14 +133,14 @@ class Session:
 
     def start(self) -> tuple[Job, State]:
         """Put the adapter on the model, as it starts or as a checkpoint holds it."""
-        found = self._checkpoint()
+        found = self._found
         before = State(**found.state["state"]) if found else State()
-        self._kernels = before.kernels
         self._attach(found)
         job = self._job(self._open.enter_context(closing(self._records(before))))
         self._keep_prefix(job)
         self._fix_sizes(job)
         state = restore(job, found.tensors, found.state) if found else before
+        vars(self).pop("_found")  # its tensors are where they belong
         if isinstance(self.task, LanguageModelling):
             state.kernels = list(self.task.fast.choice.names)
         if not found:
@@ -251,7 +250,8 @@ class Session:
             return Classification(len(self.data.labels or ()), pad)
         packed = enable_packing(model)
         self.say("rows are packed without padding" if packed else "this model cannot pack rows; they are padded")
-        fast = accelerate(model, self._kernels) if packed else ORDINARY
+        known = self._found.state["state"].get("kernels") if self._found else None
+        fast = accelerate(model, known) if packed else ORDINARY
         self.say(fast.words)
         return LanguageModelling(model.config.get_text_config().vocab_size, pad, packed=packed, fast=fast)
 
@@ -299,7 +299,10 @@ class Session:
     def _team(self) -> Team:
         """Give as many threads as torch has, where the model can be run by several at once."""
         task, count = self.task, torch.get_num_threads()
+        options = self.config.train
         if count == 1 or not isinstance(task, LanguageModelling) or not task.fast.separable:
+            return Team()
+        if options.compile or options.cuda_graph:  # they bring their own
             return Team()
         self.say(f"rows of a micro-batch are shared by up to {count} threads")
         return Team(count)
@@ -355,7 +358,8 @@ class Session:
             "base": fingerprint(self.base.path) if self.base.path else None,
         }
 
-    def _checkpoint(self) -> "Found | None":
+    @cached_property
+    def _found(self) -> "Found | None":
         """Read the newest whole checkpoint, if there is any, and see that it belongs to this data and base."""
         newest = latest(self.directory.checkpoints)
         if newest is None:

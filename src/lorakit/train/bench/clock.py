@@ -36,10 +36,13 @@ def measure(build: Build, work: Work, scratch: Path) -> dict[str, Any]:
     arm = build(work, scratch)
     set_start(arm.factors)
     loaded = peak_memory(work.device)
+    if work.device == "cuda":  # only what training takes
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     loss, norm, first = _first_step(arm, work)
     wall, cpu = [], []
     for _ in range(work.steps):
-        seconds = timed(arm.step)  # a step gives its loss as a number, so a GPU has done it when it ends
+        seconds = timed(arm.step)  # it gives its loss as a number, so a GPU is at most an update behind when it ends
         wall.append(seconds[0])
         cpu.append(seconds[1])
     return {
@@ -63,12 +66,12 @@ def timed(function: Callable[[], object]) -> tuple[float, float]:
 
 
 def peak_memory(device: str = "cpu") -> int:
-    """Give the most memory (bytes) held so far: on a GPU the tensors', on a processor that of this process alone.
+    """Give the most memory (bytes) held so far: on a GPU what torch has taken of it, recorded passes included.
 
-    That is VmHWM where there is one, which knows no parent.
+    On a processor that of this process alone: VmHWM where there is one, which knows no parent.
     """
     if device == "cuda":
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_reserved()
     status = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
     if found:
