@@ -62,6 +62,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/inspect_speed.py
 	$(BIN)/python benchmarks/tools_compared.py $(if $(WATCHER),--weightwatcher $(WATCHER))
 	$(BIN)/python benchmarks/prefix_cache.py
+	$(BIN)/python benchmarks/many_memory.py
 	$(BIN)/python benchmarks/peft_sst2.py --data $(DATA)/glue/SST-2
 	$(BIN)/python benchmarks/peft_e2e.py --data $(DATA)/e2e
 

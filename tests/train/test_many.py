@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import lorakit as lk
+from lorakit.train import many
 from lorakit.train.config import RunConfig
 from lorakit.train.config_file import loads
 from lorakit.train.many import run_many
@@ -319,3 +321,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(files, "sync", lambda path: None, raising=False)
     yield
+
+
+def test_a_pass_has_as_many_micro_batches_as_fit_and_never_none() -> None:
+    def micro(tokens: int) -> Any:
+        return SimpleNamespace(rows=[SimpleNamespace(input_ids=[0] * tokens)])
+
+    lengths = {"a": 200, "b": 300, "c": 20, "d": 900, "e": 10, "f": 502, "g": 1}
+    passes = many._passes({name: micro(n) for name, n in lengths.items()}, 512)
+    assert [list(one) for one in passes] == [["a", "b"], ["c"], ["d"], ["e", "f"], ["g"]]
+    assert many._passes({}, 512) == []

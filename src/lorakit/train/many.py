@@ -1,8 +1,8 @@
 """Several runs on one frozen base at once: a sweep of ranks, learning rates, seeds.
 
 Each run is its own: data order, losses, clipping, learning rate, early stopping, records, checkpoints, adapter. Only the
-forward and backward passes are shared: what the runs ask for next (`loop.training`) is packed into one row of documents, so
-the base's products take the tokens of all runs at once, and each layer adds each run's adapter to that run's rows
+forward and backward passes are shared: what the runs ask for next (`loop.training`) is packed into rows of some 256 tokens, so
+the base's products take the tokens of several runs at once, and each layer adds each run's adapter to that run's rows
 (`core/together.py`). So every run is the one it would be alone, up to the rounding of larger products.
 """
 
@@ -36,6 +36,10 @@ from .task import LanguageModelling, predicted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Tokens of a pass that several runs share. Beyond it products hardly gain speed, and what each run keeps for the backward pass
+# would be there at once.
+PASS_TOKENS, GPU_PASS_TOKENS = 256, 8192
 
 Results = dict[str, RunResult | LorakitError]
 
@@ -275,7 +279,27 @@ def _stop(pending: list[_Running], stopped: list[_Running], stop: StopRequest) -
 
 
 def _differentiate(model: nn.Module, current: Pass, wanted: Mapping[str, Micro]) -> dict[str, float]:
-    """Run all micro-batches forward and backward in one pass; give the summed loss of each."""
+    """Run all micro-batches forward and backward, as many in a pass as pay; give the summed loss of each."""
+    losses = dict[str, float]()
+    for group in _passes(wanted, PASS_TOKENS if next(model.parameters()).device.type == "cpu" else GPU_PASS_TOKENS):
+        losses |= _one_pass(model, current, group)
+    return losses
+
+
+def _passes(wanted: Mapping[str, Micro], most: int) -> list[dict[str, Micro]]:
+    """Put micro-batches together, in their order, to passes of at most so many tokens, or of one micro-batch."""
+    passes, room = list[dict[str, Micro]](), 0
+    for name, micro in wanted.items():
+        tokens = sum(len(row.input_ids) for row in micro.rows)
+        if tokens > room:
+            passes.append({})
+            room = most
+        passes[-1][name] = micro
+        room -= tokens
+    return passes
+
+
+def _one_pass(model: nn.Module, current: Pass, wanted: Mapping[str, Micro]) -> dict[str, float]:
     task: Any = next(iter(wanted.values())).job.task
     parts = [
         Part(name, sum(len(row.input_ids) for row in micro.rows), predicted(micro.rows), micro.seed)
