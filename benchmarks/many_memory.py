@@ -1,6 +1,6 @@
 """What another adapter costs when several train in one pass: peak memory of 1, 2, 4 and 8 runs on one base, as `lorakit sweep` trains them.
 
-    python benchmarks/many_memory.py [--rows 4] [--words 60] [--counts 1 2 4 8]
+    python benchmarks/many_memory.py [--rows 4] [--words 60] [--counts 1 2 4 8] [--pass-tokens 256]
 
 SmolLM2 in bfloat16, LoRA r 16 on all linear layers, two steps; every run has rows, an optimizer and a directory of its own. Each
 count is a fresh process. Target: at most 10 % of the memory of one run for each adapter more.
@@ -27,14 +27,15 @@ def main() -> None:
     options.add_argument("--words", type=int, default=60, help="words of a row")
     options.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4, 8])
     options.add_argument("--output", type=Path, default=RESULTS)
+    options.add_argument("--pass-tokens", type=int, default=256, help="0 for no limit")
     options.add_argument("--child", type=int, help=argparse.SUPPRESS)
     chosen = options.parse_args()
     if chosen.child:
-        print(json.dumps(train(chosen.child, chosen.rows, chosen.words)))
+        print(json.dumps(train(chosen.child, chosen.rows, chosen.words, chosen.pass_tokens or None)))
         return
     found = []
     for count in chosen.counts:
-        sizes = ["--rows", str(chosen.rows), "--words", str(chosen.words)]
+        sizes = ["--rows", str(chosen.rows), "--words", str(chosen.words), "--pass-tokens", str(chosen.pass_tokens)]
         done = subprocess.run(
             [sys.executable, __file__, "--child", str(count), *sizes], capture_output=True, text=True, check=True
         )
@@ -43,7 +44,7 @@ def main() -> None:
     write(chosen, found)
 
 
-def train(count: int, rows: int, words: int) -> dict[str, Any]:
+def train(count: int, rows: int, words: int, pass_tokens: int | None) -> dict[str, Any]:
     """Train `count` adapters at once; gives the peak memory of this process and the tokens of a run's step."""
     import lorakit as lk
     from lorakit.train import config as c
@@ -65,7 +66,7 @@ def train(count: int, rows: int, words: int) -> dict[str, Any]:
             )
             for i in range(count)
         }
-        results = run_many(configs)
+        results = run_many(configs, pass_tokens=pass_tokens)
         steps = (Path(directory, "run0") / "metrics.jsonl").read_text().splitlines()
     return {"peak": peak_memory(), "finished": len(results), "tokens": json.loads(steps[0])["tokens"]}
 
@@ -92,7 +93,8 @@ def write(chosen: argparse.Namespace, found: list[dict[str, Any]]) -> None:
     text = "\n".join(
         [
             "# Peak memory of several adapters trained in one pass\n",
-            f"SmolLM2, bfloat16, LoRA r 16 on all linear layers; {found[0]['tokens']} tokens a step and adapter. "
+            f"SmolLM2, bfloat16, LoRA r 16 on all linear layers; {found[0]['tokens']} tokens a step and adapter, at "
+            f"most {chosen.pass_tokens or 'all'} tokens in a pass. "
             f"Target: {TARGET:.0%} of one run for each adapter more.\n",
             table(["adapters", "peak MB", "of one run, for each more"], cells),
             measured_with(where),

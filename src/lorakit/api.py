@@ -45,9 +45,10 @@ def run_many(
     overwrite: bool = False,
     model: "tuple[PreTrainedModel, PreTrainedTokenizerBase] | None" = None,
     at_once: int | None = None,
+    pass_tokens: int | None = None,
 ) -> Results:
     """Train several runs in one pass over their base and write a report of each. See `train.many.run_many`."""
-    results = run_configs(configs, overwrite=overwrite, model=model, at_once=at_once)
+    results = run_configs(configs, overwrite=overwrite, model=model, at_once=at_once, pass_tokens=pass_tokens)
     for name in results:
         directory = Path(configs[name].output)
         write_report([directory], directory / "report.html")

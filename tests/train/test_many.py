@@ -99,11 +99,13 @@ def test_three_runs_at_once_are_the_three_runs(
 
         monkeypatch.setattr("lorakit.train.session.accelerate", lambda model, known: ORDINARY)
     changes = {"data__valid": 0.2, "train__eval_steps": 2, "eval__prompts": ["3 plus 2?"], "eval__max_tokens": 3}
-    alone, many = configure("alone", **changes), configure("many", **changes)
+    alone, many, apart = (configure(name, **changes) for name in ("alone", "many", "apart"))
     results = together(many)
+    together(apart, pass_tokens=1)  # each micro-batch in a pass of its own
     for name, config in alone.items():
         run(config, progress=Silent())
         same_run(config, many[name])
+        same_run(config, apart[name])
         assert isinstance(results[name], RunResult)
         assert results[name].steps == len(records(many[name], "loss"))
     finished = {r.steps for r in results.values()}

@@ -17,6 +17,9 @@ def sweep(
     arguments: list[str] = ARGUMENTS,
     overwrite: bool = typer.Option(False, "--overwrite", help="Delete what earlier runs left in their directories."),
     at_once: int = typer.Option(8, "--at-once", min=1, help="How many runs train together."),
+    pass_tokens: int = typer.Option(
+        None, "--pass-tokens", min=1, help="Tokens of all runs in one pass at most: less memory, and less speed."
+    ),
     json: bool = typer.Option(False, "--json", help="Print the results as JSON."),
     help: bool = HELP,
 ) -> None:
@@ -43,7 +46,7 @@ def sweep(
     from ..api import run_many
 
     named = {f"run-{i}": config for i, config in enumerate(found.values(), start=1)}
-    results = run_many(named, overwrite=overwrite, at_once=at_once)
+    results = run_many(named, overwrite=overwrite, at_once=at_once, pass_tokens=pass_tokens)
     ended = {label: str(results[name]) for name, label in zip(named, found, strict=True) if _failed(results.get(name))}
     write_report([Path(config.output) for config in found.values()], parent / "report.html")
     _show({label: Path(config.output) for label, config in found.items()}, ended, json=json)

@@ -1,11 +1,12 @@
 """Several runs on one frozen base at once: a sweep of ranks, learning rates, seeds.
 
 Each run is its own: data order, losses, clipping, learning rate, early stopping, records, checkpoints, adapter. Only the
-forward and backward passes are shared: what the runs ask for next (`loop.training`) is packed into rows of some 256 tokens, so
+forward and backward passes are shared: what the runs ask for next (`loop.training`) is packed into one row of documents, so
 the base's products take the tokens of several runs at once, and each layer adds each run's adapter to that run's rows
 (`core/together.py`). So every run is the one it would be alone, up to the rounding of larger products.
 """
 
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields
@@ -37,10 +38,6 @@ from .task import LanguageModelling, predicted
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Tokens of a pass that several runs share. Beyond it products hardly gain speed, and what each run keeps for the backward pass
-# would be there at once.
-PASS_TOKENS, GPU_PASS_TOKENS = 256, 8192
-
 Results = dict[str, RunResult | LorakitError]
 
 # What runs on one base, packed into one row, have in common. The ranks of layers may differ, the layers may not.
@@ -57,10 +54,12 @@ def run_many(
     model: "tuple[PreTrainedModel, PreTrainedTokenizerBase] | None" = None,
     progress: Callable[[str], Progress] | None = None,
     at_once: int | None = None,
+    pass_tokens: int | None = None,
 ) -> Results:
     """Train all runs, or go on with those that are unfinished; `configs` are by the names of their adapters on the model.
 
-    at_once: how many run together, all if absent. Gives for each run that was not finished before what it came to, or
+    at_once: how many run together, all if absent. pass_tokens: at most so many tokens in one pass, or one run's micro-batch: less
+    memory and less speed; no limit if absent. Gives for each run that was not finished before what it came to, or
     what ended it alone: it diverged, or did not learn. Raises UsageError for runs that cannot share a pass, Interrupted
     when stopped (all are saved then), and what `run` raises.
     """
@@ -77,7 +76,7 @@ def run_many(
             group, waiting = waiting[:at_once], waiting[at_once or len(waiting) :]
             with ExitStack() as running:
                 sessions = [running.enter_context(shared.session(one, configs, stop, progress)) for one in group]
-                results |= _train(sessions, stop)
+                results |= _train(sessions, stop, pass_tokens)
         return results
 
 
@@ -215,7 +214,7 @@ class _Running:
     course: Course[State]
 
 
-def _train(sessions: list[Session], stop: StopRequest) -> Results:
+def _train(sessions: list[Session], stop: StopRequest, pass_tokens: int | None) -> Results:
     """Start all runs, then give them the gradients they ask for, all at once, until each has come to its end."""
     model = sessions[0].base.model
     runs: dict[str, _Running] = {}
@@ -228,10 +227,12 @@ def _train(sessions: list[Session], stop: StopRequest) -> Results:
         for run in runs.values():  # attaching one has frozen the others
             for parameter in run.job.parameters:
                 parameter.requires_grad_(True)
-        return _drive(model, runs, current, stop)
+        return _drive(model, runs, current, stop, pass_tokens)
 
 
-def _drive(model: nn.Module, runs: dict[str, _Running], current: Pass, stop: StopRequest) -> Results:
+def _drive(
+    model: nn.Module, runs: dict[str, _Running], current: Pass, stop: StopRequest, pass_tokens: int | None
+) -> Results:
     results, wanted, stopped = Results(), dict[str, Micro](), list[_Running]()
     losses: Mapping[str, float | None] = dict.fromkeys(runs)  # None: not begun yet
     while losses:
@@ -251,7 +252,7 @@ def _drive(model: nn.Module, runs: dict[str, _Running], current: Pass, stop: Sto
                 stopped.append(runs[name])
         if stop and (wanted or stopped):
             _stop([runs[name] for name in wanted], stopped, stop)
-        losses = _differentiate(model, current, wanted) if wanted else {}
+        losses = _differentiate(model, current, wanted, pass_tokens) if wanted else {}
     return results
 
 
@@ -278,10 +279,12 @@ def _stop(pending: list[_Running], stopped: list[_Running], stop: StopRequest) -
     raise Interrupted(stop.signum or 0, min(run.state.step for run in unfinished), f"outputs {where}")
 
 
-def _differentiate(model: nn.Module, current: Pass, wanted: Mapping[str, Micro]) -> dict[str, float]:
-    """Run all micro-batches forward and backward, as many in a pass as pay; give the summed loss of each."""
+def _differentiate(
+    model: nn.Module, current: Pass, wanted: Mapping[str, Micro], pass_tokens: int | None
+) -> dict[str, float]:
+    """Run all micro-batches forward and backward, as many in a pass as may be; give the summed loss of each."""
     losses = dict[str, float]()
-    for group in _passes(wanted, PASS_TOKENS if next(model.parameters()).device.type == "cpu" else GPU_PASS_TOKENS):
+    for group in _passes(wanted, pass_tokens or sys.maxsize):
         losses |= _one_pass(model, current, group)
     return losses
 
